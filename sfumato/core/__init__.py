@@ -1,0 +1,1 @@
+"""Value types, configuration, randomness and pictures: what every other layer stands on."""

@@ -1,0 +1,1 @@
+"""Pictures from disk: the folder reader, its rules and checks, transforms, and the OpenMoji set."""

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: schedules, grids, parameterizations, samplers, guidance, objectives. No networks."""

@@ -1,0 +1,1 @@
+"""The networks: plain modules `net(x, t, cond)` that know nothing of diffusion mathematics."""
