@@ -1,0 +1,80 @@
+"""Attention and feed-forward over token sequences, shared by the text tower and DiT."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "merge_heads", "split_heads"]
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, heads * d) -> (B, heads, L, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, L, d) -> (B, L, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with fused q, k, v; optionally RMS-normalised queries and keys.
+
+    Args:
+        dim: token width.
+        heads: number of heads; must divide dim.
+        qk_norm: normalise q and k per head (Dehghani et al. 2023, arXiv:2302.05442, with RMSNorm).
+    """
+
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D); mask (B, L) bool, True = may be attended to."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        keys = None if mask is None else mask[:, None, None, :]
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=keys)
+        return self.out(merge_heads(y))
+
+
+class CrossAttention(nn.Module):
+    """Queries from x, keys and values from a context whose projection can be computed once per walk."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, L, d) of context (B, L, D')."""
+        k, v = (split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))
+        return self.k_norm(k), v
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D); kv from `project`; mask (B, L) bool over the context."""
+        keys = None if mask is None else mask[:, None, None, :]
+        q = self.q_norm(split_heads(self.q(x), self.heads))
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, *kv, attn_mask=keys)))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear; `approximate` as in torch ("tanh" for DiT, "none" for CLIP-like towers)."""
+
+    def __init__(self, dim: int, hidden: int, *, approximate: str = "none") -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))

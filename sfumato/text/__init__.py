@@ -1,0 +1,1 @@
+"""Tokenization, all on the `tokenizers` library."""
