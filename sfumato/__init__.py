@@ -1,0 +1,40 @@
+"""Text-to-image diffusion: one small core for every classic system, and one of them trained and bundled.
+
+`import sfumato` costs milliseconds: each public name is fetched from its module, and torch with it, on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato.api import generate, load, save, train
+    from sfumato.core.types import Inputs
+    from sfumato.systems.system import System
+
+__all__ = ["Inputs", "System", "__version__", "generate", "load", "save", "train"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Inputs": "sfumato.core.types",
+    "System": "sfumato.systems.system",
+    "generate": "sfumato.api",
+    "load": "sfumato.api",
+    "save": "sfumato.api",
+    "train": "sfumato.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, imported on first use and then kept (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sfumato' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
