@@ -28,7 +28,7 @@ export PROMPT
 .PHONY: help generate test test-slow lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s: 2>/dev/null || true
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 generate: $(VENV)/.installed  ## PROMPT="red heart": write a picture and print its path
 	@$(BIN)/sfumato generate "$$PROMPT" $(ARGS)
