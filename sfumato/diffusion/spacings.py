@@ -55,7 +55,7 @@ def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clea
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
-    if Point.of(schedule(torch.tensor(clean))).sigma > 0:
+    if Point.of(schedule(torch.tensor(clean, dtype=torch.float64))).sigma > 0:
         t = _line(noisy, clean, steps)
     else:
         t = _line(noisy, clean, steps + 1)[:-1]
