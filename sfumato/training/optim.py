@@ -1,0 +1,190 @@
+"""Optimizers of a phase: parameter roles, learning rates over images, clipping, the finite check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.core.registry import Registry
+from sfumato.training.muon import Muon
+
+__all__ = ["LR_SCHEDULES", "OptimConfig", "PhaseOptimizer", "Role", "lr_factor", "role_of", "roles"]
+
+Role = Literal["matrix", "edge", "embedding", "vector"]
+LrSchedule = Callable[["OptimConfig", float], float]
+LR_SCHEDULES: Registry[LrSchedule] = Registry("learning-rate schedule")
+MIN_SIDE = (
+    32  # channels below which a weight counts as the edge of a net (pixels, latents, logits), not as hidden
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How one phase is optimised.
+
+    Attributes:
+        kind: "muon" uses Muon for hidden matrices and AdamW for all else, at one learning rate.
+        lr: peak learning rate.
+        lr_schedule: "constant", "cosine", or "wsd" (warm-up, stable, linear decay).
+        warmup: images over which the learning rate rises linearly.
+        final: learning rate at the end of the run, as a share of the peak.
+        decay: share of the run over which "wsd" decays.
+        clip: largest gradient norm of the phase; 0 = no clipping.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup: int = 0
+    final: float = 0.0
+    decay: float = 0.2
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if self.warmup < 0 or not 0 < self.decay <= 1 or not 0 <= self.final <= 1:
+            raise ValueError(
+                f"warmup {self.warmup}, decay {self.decay}, final {self.final}: warmup must be 0 images "
+                "or more, decay in (0, 1], final in [0, 1]"
+            )
+
+
+@LR_SCHEDULES("constant")
+def constant(config: OptimConfig, progress: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+@LR_SCHEDULES("cosine")
+def cosine(config: OptimConfig, progress: float) -> float:
+    """Half a cosine from 1 to `final` (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@LR_SCHEDULES("wsd")
+def wsd(config: OptimConfig, progress: float) -> float:
+    """1, then linear to `final` over the last `decay` of the run (Hu et al. 2024, arXiv:2404.06395)."""
+    return 1.0 - (1 - config.final) * max(0.0, 1 - (1 - progress) / config.decay)
+
+
+def lr_factor(config: OptimConfig, before: int, after: int, total: int) -> float:
+    """Share of the peak learning rate for the step from `before` to `after` images of `total`.
+
+    The rise and the schedule multiply, so that no schedule needs to know of the warm-up. The rise is taken
+    at the end of the step and the schedule at its start: neither the first nor the last step is wasted on
+    a rate of zero.
+    """
+    rise = min(1.0, after / config.warmup) if config.warmup else 1.0
+    return rise * LR_SCHEDULES[config.lr_schedule](config, min(1.0, before / total))
+
+
+def role_of(module: nn.Module, parameter: Tensor) -> Role:
+    """What a parameter that `module` owns is to the optimizer.
+
+    A net can decide for a layer by setting `layer.optimizer_role`. Otherwise weights of linear and
+    convolutional layers are matrices, or edges if they have fewer than 32 channels on one side; other
+    parameters of two or more axes are tables of vectors ("embedding"); the rest are biases and gains
+    ("vector").
+    """
+    tag: Role | None = getattr(module, "optimizer_role", None)
+    if parameter.ndim < 2:
+        return "vector"
+    if tag is not None:
+        return tag
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return "matrix" if min(parameter.shape[:2]) >= MIN_SIDE else "edge"
+    return "embedding"
+
+
+def roles(modules: Iterable[nn.Module]) -> dict[nn.Parameter, Role]:
+    """Role of every parameter that requires a gradient, each once, in the modules' own order."""
+    table: dict[nn.Parameter, Role] = {}
+    for root in modules:
+        for module in root.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    table.setdefault(parameter, role_of(module, parameter))
+    return table
+
+
+class PhaseOptimizer:
+    """The optimizers of one phase behind one step.
+
+    Weight decay acts on matrices and edges only.
+
+    Args:
+        modules: what the phase trains.
+        config: see OptimConfig.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], config: OptimConfig) -> None:
+        self.config = config
+        table = roles(modules)
+        if not table:
+            raise ValueError("a phase of the task has no parameter to train")
+        self.parameters = list(table)
+        by_muon = [p for p, role in table.items() if role == "matrix" and config.kind == "muon"]
+        taken = set(by_muon)
+        rest = [(p, role) for p, role in table.items() if p not in taken]
+        decayed = [p for p, role in rest if role in ("matrix", "edge")]
+        plain = [p for p, role in rest if role not in ("matrix", "edge")]
+        groups = [
+            {"params": ps, "weight_decay": d}
+            for ps, d in ((decayed, config.weight_decay), (plain, 0.0))
+            if ps
+        ]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            self._optimizers.append(
+                torch.optim.AdamW(
+                    groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fusable(rest)
+                )
+            )
+        if by_muon:
+            self._optimizers.append(
+                Muon(by_muon, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+            )
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this phase's parameters alone: no other module's `grad` is touched."""
+        torch.autograd.backward(loss, inputs=self.parameters)
+
+    def clip(self) -> Tensor:
+        """Norm of the gradient before clipping, (); the gradient itself is clipped to `config.clip`."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+
+    def step(self, before: int, after: int, total: int) -> float:
+        """Update, clear the gradients and return the learning rate used; arguments as of `lr_factor`."""
+        lr = self.config.lr * lr_factor(self.config, before, after, total)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return lr
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """State of each optimizer, for an exact resume."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Inverse of `state_dict`."""
+        for optimizer, one in zip(self._optimizers, state, strict=True):
+            optimizer.load_state_dict(one)
+
+
+def _fusable(parameters: list[tuple[nn.Parameter, Role]]) -> bool:
+    """Whether torch has a fused AdamW for these parameters' devices."""
+    return all(
+        p.device.type in ("cpu", "cuda", "mps", "xpu") and p.is_floating_point() for p, _ in parameters
+    )

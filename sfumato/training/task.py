@@ -1,0 +1,75 @@
+"""What the training loop asks of a task: modules, phases, and the losses of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from sfumato.core.random import Noise
+from sfumato.training.batches import Batch
+from sfumato.training.optim import OptimConfig
+
+__all__ = ["Loss", "Metrics", "Moment", "Phase", "Task"]
+
+Metrics = Mapping[str, Tensor]
+
+
+class Moment(NamedTuple):
+    """Where a run stands: images seen before this batch, and images that the whole run will see."""
+
+    images: int
+    total: int
+
+    def reached(self, start: float) -> bool:
+        """Whether `start` has come: up to 1 it is a fraction of the run, above 1 a number of images."""
+        return self.images >= (start * self.total if start <= 1 else start)
+
+
+class Loss(NamedTuple):
+    """A scalar to minimise over the modules of `phase`, and detached numbers worth logging."""
+
+    phase: str
+    value: Tensor
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One backward pass and optimizer step per batch over some of the task's modules.
+
+    Attributes:
+        modules: names in `Task.modules`; no module may belong to two phases.
+        optim: this phase's own optimizer; None = the run's.
+    """
+
+    modules: tuple[str, ...]
+    optim: OptimConfig | None = None
+
+
+class Task(Protocol):
+    """A loss and what it trains.
+
+    Attributes:
+        modules: everything that is trained or carries state; frozen nets stay outside.
+        phases: by name, in the order in which `losses` yields them.
+        averaged: the modules of which the run keeps a moving average.
+    """
+
+    modules: Mapping[str, nn.Module]
+    phases: Mapping[str, Phase]
+    averaged: tuple[str, ...]
+
+    def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
+        """Yield the loss of each phase that is active at `moment`, at most once per phase.
+
+        The loop steps a phase's optimizer before it asks for the next loss. All randomness comes from
+        `noise`, which has one stream per sample of the batch.
+        """
+        ...
+
+    def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
+        """Pictures (n, 3, H, W) in [-1, 1] that show how far `averaged`, the moving averages, have come."""
+        ...

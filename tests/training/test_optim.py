@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.training.muon import Muon, orthogonalize
+from sfumato.training.optim import OptimConfig, PhaseOptimizer, lr_factor, roles
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 48)
+        self.conv_in = nn.Conv2d(4, 48, 3)
+        self.hidden = nn.Linear(48, 64)
+        self.tagged = nn.Linear(64, 64)
+        self.tagged.optimizer_role = "edge"
+        self.norm = nn.LayerNorm(64)
+        self.frozen = nn.Linear(64, 64).requires_grad_(False)
+        self.positions = nn.Parameter(torch.zeros(40, 48))
+
+    def forward(self) -> torch.Tensor:
+        h = self.tagged(self.hidden(self.table.weight + self.positions))
+        return self.norm(h).square().mean() + self.conv_in(torch.ones(1, 4, 3, 3)).square().mean()
+
+
+def test_roles_come_from_layers_shapes_and_tags():
+    toy = Toy()
+    table = roles([toy])
+    assert table[toy.hidden.weight] == "matrix"
+    assert table[toy.conv_in.weight] == "edge"
+    assert table[toy.tagged.weight] == "edge"
+    assert table[toy.table.weight] == table[toy.positions] == "embedding"
+    assert table[toy.hidden.bias] == table[toy.norm.weight] == "vector"
+    assert toy.frozen.weight not in table
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_trainable_parameter_is_in_exactly_one_group(kind):
+    toy = Toy()
+    optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind))
+    held = [id(p) for o in optimizer._optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_and_nothing_else(kind):
+    toy = Toy()
+    before = {name: p.detach().clone() for name, p in toy.named_parameters()}
+    optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind, lr=0.1, weight_decay=0.5))
+    for p in toy.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0, 1, 10**9)
+    for name, p in toy.named_parameters():
+        shrunk = name in ("hidden.weight", "tagged.weight", "conv_in.weight")
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if shrunk else 1.0))
+
+
+def test_muon_moves_hidden_matrices_orthogonally_and_adamw_the_rest():
+    torch.manual_seed(0)
+    toy = Toy()
+    before = toy.hidden.weight.detach().clone()
+    optimizer = PhaseOptimizer([toy], OptimConfig(kind="muon", lr=0.01, clip=0.0))
+    optimizer.backward(toy())
+    optimizer.step(0, 1, 10**9)
+    moved = (toy.hidden.weight.detach() - before) / (0.01 * 0.2 * 8)  # 0.2 sqrt(max(64, 48))
+    values = torch.linalg.svdvals(moved)
+    # The gradient has low rank, so only singular values away from zero reach the band of the quintic.
+    assert values.max() < 1.3
+    assert (values > 0.5).sum() > 10
+    assert not torch.equal(toy.table.weight, toy.positions)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthogonalize_reaches_the_band_of_its_quintic_in_the_dtype_it_was_given(shape, dtype):
+    torch.manual_seed(0)
+    # Singular values over two decades, which is what five steps are made for.
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=dtype), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(-2, 0, min(shape), dtype=dtype)) @ v
+    result = orthogonalize(matrix)
+    assert result.dtype == dtype
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.min() < values.max() < 1.3  # the published band is about [0.7, 1.2]
+    in_its_basis = u.T @ result @ v.T  # the iteration is a polynomial of singular values: it turns no vector
+    off_diagonal = in_its_basis - torch.diag(in_its_basis.diagonal())
+    assert off_diagonal.abs().max() < 1e-3  # float32 rounding through five steps
+
+
+def test_muon_refuses_vectors():
+    with pytest.raises(ValueError, match=r"matrices.*\(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))], 0.1)
+
+
+def test_muon_never_computes_in_bfloat16(monkeypatch):
+    seen = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(a.dtype) or product(a, b))
+    p = nn.Parameter(torch.randn(40, 40))
+    p.grad = torch.randn(40, 40)
+    Muon([p], 0.1).step()
+    assert seen
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "images", "expected"),
+    [
+        ("constant", 700, 1.0),
+        ("cosine", 0, 1.0),
+        ("cosine", 500, 0.1 + 0.9 * 0.5),
+        ("cosine", 1000, 0.1),
+        ("wsd", 750, 1.0),
+        ("wsd", 900, 0.1 + 0.9 * 0.5),
+        ("wsd", 1000, 0.1),
+    ],
+)
+def test_lr_schedules_at_known_points(schedule, images, expected):
+    config = OptimConfig(lr_schedule=schedule, final=0.1, decay=0.2)
+    assert lr_factor(config, images, images + 10, 1000) == pytest.approx(expected)
+
+
+def test_warmup_rises_linearly_and_multiplies_the_schedule():
+    config = OptimConfig(lr_schedule="cosine", warmup=100)
+    assert lr_factor(config, 40, 50, 1000) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.04)))
+    assert lr_factor(config, 100, 110, 1000) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.1)))
+
+
+def test_clipping_bounds_the_gradient_and_reports_the_norm_before():
+    toy = Toy()
+    optimizer = PhaseOptimizer([toy], OptimConfig(clip=0.01))
+    optimizer.backward(toy())
+    raw = torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None]).norm()
+    assert optimizer.clip() == pytest.approx(float(raw), rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None]).norm()
+    assert float(clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_backward_leaves_other_modules_without_gradients():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    PhaseOptimizer([first], OptimConfig()).backward(second(first(torch.ones(1, 2))).sum())
+    assert first.weight.grad is not None
+    assert second.weight.grad is None
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"warmup": -1}, {"decay": 0.0}, {"final": 2.0}])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError, match="must be"):
+        OptimConfig(**bad)
