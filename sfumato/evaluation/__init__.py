@@ -1,0 +1,1 @@
+"""Measuring systems: figures always come with the protocol that gave them."""
