@@ -11,7 +11,7 @@ PIP_ARGS ?=
 TORCH_ARGS ?=
 ARGS ?=
 WORKERS ?= 2
-PROMPT ?= red heart
+PROMPT := red heart
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,8 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # Workers times torch threads stays at the number of workers, or they would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# As it was typed, a dollar sign too, and to the shell as one word whatever is in it.
+override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DELETE_ON_ERROR:

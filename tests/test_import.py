@@ -63,5 +63,5 @@ def test_public_names_are_there(name: str) -> None:
 
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'lod'; it offers .*\bload\b"):
-        _ = sfumato.lod
+    with pytest.raises(AttributeError, match=r"no attribute 'frobnicate'; it offers .*\bload\b"):
+        _ = sfumato.frobnicate
