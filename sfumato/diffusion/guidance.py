@@ -1,0 +1,248 @@
+"""Guidance: how a denoiser and its conditioning become the function that a sampler calls.
+
+Convention throughout: reference + scale * (guided - reference), so that scale 1 is off. Mixing acts on x0 and
+eps alike; both are affine in the network's output with the same coefficients on either side, so this is the
+published rule for any parameterization.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sfumato.core.types import Conditioning, Denoised, Level, expand
+from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.parameterization import Parameterization, target
+
+__all__ = ["CFG", "AutoGuidance", "Guidance", "GuidanceConfig", "InstructPix2Pix", "noise_fraction"]
+
+Interval = tuple[float, float]
+"""(low, high]: where guidance acts, in fractions sigma / (alpha + sigma) from 0 = clean to 1 = noise."""
+
+
+class Guidance(Protocol):
+    """Binds a denoiser to what it is told (cond) and to the same without what guidance amplifies (null)."""
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """The function of (x_t, level) for one walk; the conditioning is prepared here, once."""
+        ...
+
+
+@dataclass(frozen=True)
+class CFG:
+    """Classifier-free guidance: null + scale * (cond - null), with cond and null in one batched network call.
+
+    Ho & Salimans 2022 (arXiv:2207.12598), whose w is scale - 1. A learned variance comes from the conditional
+    half.
+
+    Attributes:
+        scale: 1 = off, and then null is not evaluated at all.
+        channels: guide only the first n channels, the rest are conditional; None = all. DiT's published rule
+        is 3 of 4.
+        rescale: phi in [0, 1] of Lin et al. 2023 (arXiv:2305.08891, eqs. 15 and 16): mix in the guided
+            network output scaled to the per-sample standard deviation of the conditional one, against
+            over-exposure.
+        interval: guide where low < sigma / (alpha + sigma) <= high, a measure that does not depend on the
+            schedule; null is not evaluated outside. An interval (a, b] of EDM sigmas is (a / (1 + a), b / (1
+            + b)]. Kynkaanniemi et al. 2024 (arXiv:2404.07724).
+
+    Raises: ValueError if a value is out of range.
+    """
+
+    scale: float = 1.0
+    channels: int | None = None
+    rescale: float = 0.0
+    interval: Interval = (0.0, 1.0)
+    kind: Literal["cfg"] = "cfg"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+        _check_interval(self.interval)
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels {self.channels}: guide at least 1 channel, or None for all of them")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale {self.rescale} is outside [0, 1]; 0 = off, 0.7 is usual")
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance."""
+        if self.scale == 1:
+            return _conditional(denoiser, cond)
+        both = denoiser.prepare(Conditioning.cat([cond, null]))
+
+        def guided(x_t: Tensor, level: Level) -> Denoised:
+            inside = _inside(self.interval, level)
+            if not inside.any():
+                return denoiser(x_t, level, both.map(lambda v: v[: len(x_t)]))
+            positive, negative = _rows(denoiser, x_t, level, both, 2)
+            mixed = _mix(negative, positive, self._weight(inside, x_t))
+            if not self.rescale:
+                return mixed
+            return _rescaled(mixed, positive, x_t, level, denoiser.parameterization, self.rescale * inside)
+
+        return guided
+
+    def _weight(self, inside: Tensor, x_t: Tensor) -> Tensor | float:
+        """The scale where guidance acts and 1 elsewhere, by row and channel of x_t."""
+        if self.channels is None:
+            return _where(inside, self.scale, x_t)
+        weight = expand(_column(inside, self.scale), x_t)
+        among = torch.arange(x_t.shape[1], device=x_t.device) < self.channels
+        return torch.where(among.reshape(1, -1, *[1] * (x_t.ndim - 2)), weight, torch.ones_like(weight))
+
+
+@dataclass(frozen=True)
+class InstructPix2Pix:
+    """Two scales, for the picture to edit (`cond.concat`) and for the instruction.
+
+    none + image * (image-only - none) + text * (full - image-only), three rows per sample in one network
+    call. null keeps the picture and drops the text; the row "none" has zeros for the picture as well. Brooks
+    et al. 2023 (arXiv:2211.09800), eq. 3.
+
+    Raises: ValueError if there is no picture.
+    """
+
+    text: float = 7.5
+    image: float = 1.5
+    kind: Literal["instruct_pix2pix"] = "instruct_pix2pix"
+
+    def __post_init__(self) -> None:
+        _check_scale("text", self.text)
+        _check_scale("image", self.image)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance."""
+        if null.concat is None:
+            raise ValueError(
+                "InstructPix2Pix guidance needs a picture to edit in the conditioning's field 'concat'"
+            )
+        if self.text == 1 and self.image == 1:
+            return _conditional(denoiser, cond)
+        none = replace(null, concat=torch.zeros_like(null.concat))
+        rows = denoiser.prepare(Conditioning.cat([cond, null, none]))
+
+        def guided(x_t: Tensor, level: Level) -> Denoised:
+            full, picture, nothing = _rows(denoiser, x_t, level, rows, 3)
+            base = _mix(nothing, picture, self.image)
+            x0 = base.x0 + self.text * (full.x0 - picture.x0)
+            return Denoised(x0, base.eps + self.text * (full.eps - picture.eps), full.var)
+
+        return guided
+
+
+@dataclass(frozen=True)
+class AutoGuidance:
+    """bad + scale * (good - bad): away from a smaller or less trained denoiser that is told the same.
+
+    Karras et al. 2024 (arXiv:2406.02507), eq. 3. The two may differ in net and parameterization, not in
+    schedule. null is not used. It holds a network, so it is not part of a JSON configuration.
+
+    Attributes:
+        interval: as in CFG; the bad denoiser is not evaluated outside.
+    """
+
+    bad: Denoiser
+    scale: float = 2.0
+    interval: Interval = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+        _check_interval(self.interval)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance."""
+        good = _conditional(denoiser, cond)
+        if self.scale == 1:
+            return good
+        bad = _conditional(self.bad, cond)
+
+        def guided(x_t: Tensor, level: Level) -> Denoised:
+            inside = _inside(self.interval, level)
+            positive = good(x_t, level)
+            if not inside.any():
+                return positive
+            return _mix(bad(x_t, level), positive, _where(inside, self.scale, x_t))
+
+        return guided
+
+
+GuidanceConfig = Annotated[CFG | InstructPix2Pix, Field(discriminator="kind")]
+"""The guidances that hold numbers only and therefore serialize to JSON."""
+
+
+def noise_fraction(level: Level) -> Tensor:
+    """sigma / (alpha + sigma), of the level's shape: 0 = clean, 1 = noise; the time of the flow schedule."""
+    return level.sigma / (level.alpha + level.sigma)
+
+
+def _conditional(denoiser: Denoiser, cond: Conditioning) -> DenoiseFn:
+    ready = denoiser.prepare(cond)
+    return lambda x_t, level: denoiser(x_t, level, ready)
+
+
+def _rows(denoiser: Denoiser, x_t: Tensor, level: Level, cond: Conditioning, count: int) -> list[Denoised]:
+    """The same x_t under each of `count` conditionings that are stacked in `cond`, from one network call."""
+    stacked = Level(*(torch.cat([v] * count) if v.ndim else v for v in level))
+    out = denoiser(torch.cat([x_t] * count), stacked, cond)
+    var = [None] * count if out.var is None else out.var.chunk(count)
+    return [Denoised(*row) for row in zip(out.x0.chunk(count), out.eps.chunk(count), var, strict=True)]
+
+
+def _mix(reference: Denoised, guided: Denoised, weight: Tensor | float) -> Denoised:
+    """reference + weight * (guided - reference); exactly `guided` where the weight is 1."""
+    x0 = torch.lerp(reference.x0, guided.x0, weight)
+    return Denoised(x0, torch.lerp(reference.eps, guided.eps, weight), guided.var, guided.grad)
+
+
+def _rescaled(
+    mixed: Denoised,
+    cond: Denoised,
+    x_t: Tensor,
+    level: Level,
+    parameterization: Parameterization,
+    phi: Tensor,
+) -> Denoised:
+    """Scale the guided network output F by 1 - phi + phi std(F_cond) / std(F), std per sample.
+
+    The paper and the code that follows it rescale F itself, whatever it predicts; x0 and eps move with it.
+    """
+    output = target(parameterization, level, mixed.x0, mixed.eps)
+    wanted = target(parameterization, level, cond.x0, cond.eps)
+    ratio = wanted.flatten(1).std(dim=1) / output.flatten(1).std(dim=1).clamp_min(1e-12)
+    share = expand(phi, ratio)
+    change = expand(1 - share + share * ratio, x_t) * output - output
+    c = parameterization(level)
+    eps_out = -level.alpha * c.out / level.sigma
+    x0, eps = mixed.x0 + expand(c.out, x_t) * change, mixed.eps + expand(eps_out, x_t) * change
+    return Denoised(x0, eps, mixed.var, mixed.grad)
+
+
+def _inside(interval: Interval, level: Level) -> Tensor:
+    fraction = noise_fraction(level)
+    return (fraction > interval[0]) & (fraction <= interval[1])
+
+
+def _where(inside: Tensor, scale: float, x_t: Tensor) -> Tensor | float:
+    """The scale where inside, else 1; a plain number, which needs no copy to a device, if all rows are inside."""
+    return scale if inside.all() else expand(_column(inside, scale), x_t)
+
+
+def _column(inside: Tensor, scale: float) -> Tensor:
+    return torch.where(inside, torch.full(inside.shape, scale, dtype=torch.float64), 1.0)
+
+
+def _check_scale(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"guidance {name} {value} is not a finite number; 1 = off")
+
+
+def _check_interval(interval: Interval) -> None:
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"guidance interval {interval}: need 0 <= low < high <= 1, fractions sigma / (alpha + sigma)"
+        )
