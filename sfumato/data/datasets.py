@@ -1,0 +1,191 @@
+"""Image folders as training data: read in any order, by rules that do not depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from sfumato.core.image import from_pil, load
+from sfumato.data.entries import Entry, read_entries
+from sfumato.data.order import Draw
+from sfumato.data.transforms import Transform
+
+__all__ = ["ImageFolder", "Sample", "stack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture, ready for a batch.
+
+    Attributes:
+        image: (3, H, W) uint8, after the transform.
+        text: caption; None if there is none.
+        label: number of the class, or None.
+        path: of the file.
+        size: (height, width) of the file's picture, upright, before the transform.
+        index: row in the folder; of the picture that was read, if it stands in for a damaged one.
+        fields: the other columns of the metadata.
+    """
+
+    image: Tensor
+    text: str | None
+    label: int | None
+    path: Path
+    size: tuple[int, int]
+    index: int
+    fields: Mapping[str, object]
+
+
+class ImageFolder:
+    """The pictures of a folder with captions, labels and fields; see `entries.read_entries` for the layouts.
+
+    How files of every kind become RGB: `core.image.decode`.
+
+    Args:
+        path: of the folder.
+        transform: applied to each picture; see `data.transforms`.
+        where: keep only entries whose fields have these values, such as {"split": "train"}.
+
+    Attributes:
+        entries: what is known of each picture without opening it.
+        classes: names of the labels, if they have names.
+        skipped: file -> why it could not be read, of all damaged files met so far.
+
+    Raises: ValueError in one line if the folder or its metadata is wrong, or `where` fits nothing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        transform: Transform | None = None,
+        where: Mapping[str, object] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.transform = transform
+        entries, self.classes = read_entries(self.path)
+        for name, value in (where or {}).items():
+            entries = _matching(entries, name, value)
+        self.entries: tuple[Entry, ...] = tuple(entries)
+        self.skipped: dict[Path, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of every entry, "" where there is none."""
+        return [entry.text or "" for entry in self.entries]
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of every entry.
+
+        Raises: ValueError if one has none.
+        """
+        bare = next((entry.path for entry in self.entries if entry.label is None), None)
+        if bare is not None:
+            raise ValueError(f"{bare} has no label; give class folders or a 'label' column in the metadata")
+        return [entry.label for entry in self.entries if entry.label is not None]
+
+    def column(self, name: str) -> list[object]:
+        """A field of every entry, None where it is absent.
+
+        Raises: ValueError if no entry has it.
+        """
+        _require_column(self.entries, name)
+        return [entry.fields.get(name) for entry in self.entries]
+
+    def __getitem__(self, index: int) -> Sample:
+        """A sample whose random choices are those of seed 0.
+
+        Raises: ValueError in one line if the file is damaged; IndexError beyond the end.
+        """
+        return self.read(range(len(self))[index])
+
+    def read(self, index: int, *, seed: int = 0) -> Sample:
+        """A sample; `seed` decides its crop, flip and so on.
+
+        Raises: ValueError in one line if the file is damaged.
+        """
+        return self._sample(index, from_pil(load(self.entries[index].path)), seed)
+
+    def draw(self, draws: Sequence[Draw]) -> list[Sample]:
+        """The samples of some draws: `folder.draw(order.take(position, batch))`.
+
+        A damaged file is noted in `skipped` and the next readable entry takes its place, so that the sample
+        at a position stays a pure function of seed and position, and batches stay full.
+
+        Raises: ValueError if no file can be read.
+        """
+        return [self._readable(draw) for draw in draws]
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        """(N, 3, H, W) uint8 pictures of these rows, or of all, each as `self[i]` gives it.
+
+        Raises: ValueError if a file is damaged or the sizes differ.
+        """
+        return stack([self[i] for i in (range(len(self)) if indices is None else indices)])
+
+    def _readable(self, draw: Draw) -> Sample:
+        for step in range(len(self)):
+            index = (draw.index + step) % len(self)
+            path = self.entries[index].path
+            if path in self.skipped:
+                continue
+            try:
+                image = from_pil(load(path))
+            except ValueError as error:
+                self.skipped[path] = str(error)
+            else:
+                return self._sample(index, image, draw.seed)
+        raise ValueError(
+            f"none of the {len(self)} pictures in {self.path} can be read; see `sfumato data check`"
+        )
+
+    def _sample(self, index: int, image: Tensor, seed: int) -> Sample:
+        entry = self.entries[index]
+        return Sample(
+            image=self.transform(image, Random(seed)) if self.transform else image,
+            text=entry.text,
+            label=entry.label,
+            path=entry.path,
+            size=(image.shape[1], image.shape[2]),
+            index=index,
+            fields=entry.fields,
+        )
+
+
+def stack(samples: Sequence[Sample]) -> Tensor:
+    """(B, 3, H, W) uint8 of samples of one size.
+
+    Raises: ValueError naming two files of different size.
+    """
+    first = samples[0]
+    for sample in samples:
+        if sample.image.shape != first.image.shape:
+            sizes = " and ".join(f"{s.path} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, sample))
+            raise ValueError(
+                f"pictures of different size cannot form a batch: {sizes}; crop or resize them first"
+            )
+    return torch.stack([sample.image for sample in samples])
+
+
+def _require_column(entries: Sequence[Entry], name: str) -> None:
+    names = sorted({key for entry in entries for key in entry.fields})
+    if name not in names:
+        raise ValueError(f"the metadata has no field {name!r}; it has: {', '.join(names) or 'none'}")
+
+
+def _matching(entries: list[Entry], name: str, value: object) -> list[Entry]:
+    _require_column(entries, name)
+    kept = [entry for entry in entries if entry.fields.get(name) == value]
+    if not kept:
+        values = sorted({repr(entry.fields.get(name)) for entry in entries})
+        raise ValueError(f"no picture has {name} = {value!r}; it has: {', '.join(values[:8])}")
+    return kept
