@@ -1,6 +1,6 @@
 """Text-to-image diffusion: one small core for every classic system, and one of them trained and bundled.
 
-`import sfumato` costs milliseconds: a public name, and torch with it, is fetched from its module on first use.
+`import sfumato` costs milliseconds: a public name, and torch with it, is fetched on first use.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ FILE_CAP, FUNCTION_CAP, CLASS_CAP = 500, 80, 200  # lines; what to aim at: 60 to
 
 # Files that are a table rather than code may exceed FILE_CAP.
 DATA_TABLES: frozenset[str] = frozenset()
-# Public functions that may speak of Any: what they take or give is JSON, a tree of torch's states, or any config.
+# Public functions that may speak of Any: they take or give JSON, a tree of torch's states, or any config.
 ANY_ALLOWED = frozenset(
     {
         "sfumato/checkpoints/files.py:read_pickled",
