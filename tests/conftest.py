@@ -57,3 +57,46 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny_system() -> object:
+    """A latent text-to-image system of a few thousand parameters with random weights; pictures are 16x16."""
+    import torch
+
+    from sfumato.checkpoints.native import Parts
+    from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
+    from sfumato.nets.dit import DiT, DiTConfig
+    from sfumato.nets.text import TextTransformer, TextTransformerConfig
+    from sfumato.systems.config import About, LatentsConfig, StageConfig, SystemConfig, TokenTextConfig
+    from sfumato.systems.options import SampleOptions
+    from sfumato.systems.system import assemble
+    from sfumato.text.tokenizers import Tokenizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        captions = ["red heart", "blue heart", "woman astronaut", "man firefighter dark skin tone"]
+        tokenizer = Tokenizer.train(captions, vocab_size=80, context=8)
+        autoencoder = Autoencoder(
+            AutoencoderConfig(channels=8, mults=(1, 2), blocks=1, mid_attention=False, norm_groups=4)
+        )
+        text = TextTransformer(
+            TextTransformerConfig(vocab_size=tokenizer.vocab_size, context=8, width=16, depth=1, heads=2)
+        )
+        dit = DiT(DiTConfig(width=32, depth=2, heads=2, text_dim=16, pooled_dim=16, time_scale=1000.0))
+        for p in dit.parameters():  # a fresh DiT says zero whatever it is told
+            torch.nn.init.normal_(p, std=0.15)
+    from sfumato.diffusion.guidance import CFG
+    from sfumato.diffusion.schedules import Flow
+
+    stage = StageConfig(
+        schedule=Flow(),
+        parameterization="flow",
+        conditioners=(TokenTextConfig(),),
+        codec=LatentsConfig(std=(0.5,)),
+        shape=(4, 8, 8),
+        defaults=SampleOptions(sampler="euler", steps=4, guidance=CFG(2.0)),
+    )
+    parts = Parts({"denoiser": dit, "text": text, "autoencoder": autoencoder}, {"text": tokenizer})
+    about = About(name="tiny", summary="Random weights for tests.", license="CC0-1.0", data="none")
+    return assemble(SystemConfig(stages=(stage,)), parts, about=about)

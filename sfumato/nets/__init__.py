@@ -1,1 +1,66 @@
-"""The networks: plain modules `net(x, t, cond)` that know nothing of diffusion mathematics."""
+"""The networks: plain modules `net(x, t, cond)` that know nothing of diffusion mathematics.
+
+`NETS` names them for configs; a module is imported when its tag is first looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from sfumato.core.registry import unknown
+
+__all__ = ["NETS", "NetKind", "NetTable"]
+
+
+class NetKind(NamedTuple):
+    """A config dataclass and the module that takes it."""
+
+    config: type[Any]
+    net: type[nn.Module]
+
+
+class NetTable(Mapping[str, NetKind]):
+    """Tag -> NetKind from a fixed list of our own modules; nothing that a file says is ever imported.
+
+    Args:
+        homes: tag -> (module below sfumato.nets, config class, network class).
+    """
+
+    def __init__(self, homes: Mapping[str, tuple[str, str, str]]) -> None:
+        self._homes = homes
+
+    def __getitem__(self, tag: str) -> NetKind:
+        if tag not in self._homes:
+            raise ValueError(unknown("network", tag, list(self._homes)))
+        module, config, net = self._homes[tag]
+        home = import_module(f"sfumato.nets.{module}")
+        return NetKind(getattr(home, config), getattr(home, net))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def tag(self, net: nn.Module) -> str:
+        """The tag of the class of `net`. Raises: ValueError if the table has no such class."""
+        for tag, (module, _, name) in self._homes.items():
+            if (type(net).__module__, type(net).__qualname__) == (f"sfumato.nets.{module}", name):
+                return tag
+        raise ValueError(f"no tag for network {type(net).__name__}: list it in sfumato.nets.NETS to save it")
+
+
+NETS = NetTable(
+    {
+        "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
+        "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
+        "dit": ("dit", "DiTConfig", "DiT"),
+        "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
+        "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
+        "unet": ("unet", "UNetConfig", "UNet"),
+    }
+)

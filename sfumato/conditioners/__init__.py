@@ -1,0 +1,1 @@
+"""What a user supplies -> what a network is told: text, labels, pictures."""

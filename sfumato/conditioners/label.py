@@ -1,0 +1,40 @@
+"""Class labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sfumato.core.random import Noise
+from sfumato.core.types import Conditioning, Inputs
+
+__all__ = ["LabelCond"]
+
+
+@dataclass(frozen=True)
+class LabelCond:
+    """A class in 0..num_classes - 1; num_classes itself is the null class."""
+
+    num_classes: int
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field label; without labels all pictures are unconditional.
+
+        Raises: ValueError for a class outside the range, or if there is not one label per picture.
+        """
+        if inputs.label is None:
+            return Conditioning(label=torch.full((inputs.n,), self.num_classes, dtype=torch.long))
+        label = inputs.label
+        if label.shape != (inputs.n,):
+            raise ValueError(
+                f"label has shape {tuple(label.shape)}; expected one integer per picture, ({inputs.n},)"
+            )
+        if bool(((label < 0) | (label >= self.num_classes)).any()):
+            raise ValueError(f"label {label.tolist()} holds a class outside 0..{self.num_classes - 1}")
+        return Conditioning(label=label.long())
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """The null class for every picture."""
+        assert cond.label is not None
+        return replace(cond, label=torch.full_like(cond.label, self.num_classes))

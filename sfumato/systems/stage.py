@@ -1,0 +1,172 @@
+"""Stage: one walk from a start to a picture, an embedding or a latent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.conditioners.base import Conditioner, Unconditional
+from sfumato.core.random import Noise
+from sfumato.core.types import Conditioning, Denoised, Inputs
+from sfumato.diffusion.constraints import constrained
+from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.sampling import Run, integrate
+from sfumato.systems.codec import Codec, Pixels
+from sfumato.systems.options import SampleOptions
+from sfumato.systems.start import Beginning, FromImage, Place, fitted
+
+__all__ = ["Emits", "Observer", "Progress", "Stage"]
+
+Emits = Literal["image", "image_embed", "latent"]
+
+
+class Progress(NamedTuple):
+    """A step that a stage has just done; the tensors are on the stage's device.
+
+    Attributes:
+        step, steps: done so far, of how many.
+        x: the sample, (n, C, h, w).
+        denoised: the last evaluation; `codec.decode(denoised.x0)` is a preview.
+    """
+
+    stage: Stage
+    step: int
+    steps: int
+    x: Tensor
+    denoised: Denoised | None
+
+
+Observer = Callable[[Progress], None]
+"""Called after each step; raises `sfumato.diffusion.sampling.Cancelled` to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A conditioner, a denoiser and a codec.
+
+    Attributes:
+        name: unique within the system.
+        shape: of one sample as the denoiser sees it, (C, h, w) or (D,); `Inputs.size` changes h and w.
+        emits: the field of Inputs that the result goes to: "image" is handed on as `low_res`.
+        defaults: how it is sampled if the caller does not say.
+    """
+
+    name: str
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    conditioner: Conditioner = field(default_factory=Unconditional)
+    codec: Codec = field(default_factory=Pixels)
+    emits: Emits = "image"
+    defaults: SampleOptions = field(default_factory=SampleOptions)
+
+    @property
+    def factor(self) -> int:
+        """Both sides of a picture must be multiples of this: the codec's factor times the network's."""
+        config = getattr(self.denoiser.net, "config", None)
+        own = getattr(config, "factor", None) or getattr(config, "patch", None) or 1
+        return self.codec.factor * int(own)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Default (height, width) of the picture; None for embeddings."""
+        if len(self.shape) != 3:
+            return None
+        return self.shape[1] * self.codec.factor, self.shape[2] * self.codec.factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        net = self.denoiser.net
+        first = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+        return torch.device("cpu") if first is None else first.device
+
+    def shape_for(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of one sample for a picture of (height, width).
+
+        Raises: ValueError if a side is not a positive multiple of the factor.
+        """
+        if size is None or self.pixels is None:
+            return self.shape
+        f = self.factor
+        for side in size:
+            if side < f or side % f:
+                low = max(side // f, 1) * f
+                near = f"{low}" if side <= f else f"{low} or {low + f}"
+                raise ValueError(
+                    f"size {size[1]}x{size[0]}: {side} is not allowed; allowed: multiples of {f}, try {near}"
+                )
+        return (self.shape[0], *(side // self.codec.factor for side in size))
+
+    def run(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None = None
+    ) -> Inputs:
+        """Walk, decode and put the result into the inputs of the next stage.
+
+        Args:
+            inputs: `size` is the size of this stage's picture.
+            noise: one stream per picture.
+
+        Raises: ValueError for inputs or options that do not fit; Cancelled if `observe` raises it.
+        """
+        shape = self.shape_for(inputs.size)
+        inputs = _moved(inputs, self.device)
+        with torch.no_grad(), self._precision():
+            cond = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).to(self.device)
+            null = self.conditioner.null(inputs, cond).to(self.device)
+            like = torch.zeros(inputs.n, *shape, device=self.device)
+            place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
+            beginning = options.start.begin(inputs, place)
+            x = self._walk(self._denoise(cond, null, options), beginning, options, noise, observe)
+            return self._result(inputs, x, options)
+
+    def _denoise(self, cond: Conditioning, null: Conditioning, options: SampleOptions) -> DenoiseFn:
+        return constrained(options.guidance.bind(self.denoiser, cond, null), threshold=options.threshold)
+
+    def _walk(
+        self,
+        denoise: DenoiseFn,
+        beginning: Beginning,
+        options: SampleOptions,
+        noise: Noise,
+        observe: Observer | None,
+    ) -> Tensor:
+        steps = len(beginning.grid)
+
+        def tell(i: int, x: Tensor, denoised: Denoised | None) -> None:
+            if observe is not None:
+                observe(Progress(self, i + 1, steps, x, denoised))
+
+        run = Run(denoise, beginning.grid, noise)
+        return integrate(options.step(), run, beginning.x, project=beginning.project, observe=tell)
+
+    def _result(self, inputs: Inputs, x: Tensor, options: SampleOptions) -> Inputs:
+        if self.emits == "latent":
+            return replace(inputs, latent=x)
+        if self.emits == "image_embed":
+            return replace(inputs, image_embed=self.codec.decode(x), latent=None)
+        picture = self.codec.decode(x).float().clamp(-1, 1)
+        if isinstance(options.start, FromImage) and inputs.image is not None and inputs.mask is not None:
+            # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
+            size = (picture.shape[-2], picture.shape[-1])
+            mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")
+            picture = torch.where(mask > 0, picture, fitted(inputs.image.to(picture), size))
+        return replace(inputs, low_res=picture, latent=None)
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast to the dtype in which the network's weights are held, if that is a half precision."""
+        net = self.denoiser.net
+        weights = net.parameters() if isinstance(net, nn.Module) else ()
+        half = next((p.dtype for p in weights if p.dtype in (torch.float16, torch.bfloat16)), None)
+        return torch.autocast(self.device.type, half) if half is not None else contextlib.nullcontext()
+
+
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
+    tensors: dict[str, Any] = {
+        f.name: v for f in fields(inputs) if isinstance(v := getattr(inputs, f.name), Tensor)
+    }
+    return replace(inputs, **{name: v.to(device) for name, v in tensors.items()})

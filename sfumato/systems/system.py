@@ -1,0 +1,204 @@
+"""System: a fold over stages, and the way from prompts to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.checkpoints.native import MANIFEST, Folder, Parts, read_folder, strict_json, write_folder
+from sfumato.core.config import to_json
+from sfumato.core.image import center_crop, from_pil, to_float, to_pil, to_uint8
+from sfumato.core.random import Noise
+from sfumato.core.registry import unknown
+from sfumato.core.types import Inputs
+from sfumato.systems.config import About, SystemConfig
+from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
+from sfumato.systems.stage import Observer, Stage
+
+__all__ = ["System", "assemble", "load_system", "save_system"]
+
+
+@dataclass(frozen=True)
+class System:
+    """Stages in order; each takes the Inputs that the one before it returns.
+
+    Attributes:
+        config, parts: what the stages were assembled from, and what a checkpoint keeps.
+        about: name, licence, data.
+        card: text of the model card.
+        fingerprint: of the checkpoint that it was loaded from, "" if it never was in one.
+    """
+
+    stages: tuple[Stage, ...]
+    config: SystemConfig
+    parts: Parts
+    about: About = field(default_factory=About)
+    card: str = ""
+    fingerprint: str = ""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of its pictures unless the caller says otherwise; None if it makes none."""
+        return next((s.pixels for s in reversed(self.stages) if s.pixels is not None), None)
+
+    def run(
+        self,
+        inputs: Inputs,
+        options: Mapping[str, SampleOptions] | None = None,
+        *,
+        only: Collection[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        observe: Observer | None = None,
+    ) -> Inputs:
+        """Fold the inputs through the stages; the last picture is `low_res` of the result.
+
+        Args:
+            options: by stage name; a stage without an entry uses its defaults.
+            only: names of the stages to run; None = all. A stage draws the same noise whatever else runs.
+            seed: picture i uses seed + i; or one seed for each picture.
+            observe: called after every step; raises Cancelled to stop.
+
+        Raises: ValueError in one line for inputs or options that do not fit the system.
+        """
+        names = [stage.name for stage in self.stages]
+        for name in (*(options or {}), *(only or ())):
+            if name not in names:
+                raise ValueError(unknown("stage", name, names))
+        seeds = seeds_for(seed, inputs.n) if isinstance(seed, int) else list(seed)
+        if len(seeds) != inputs.n or inputs.n < 1:
+            raise ValueError(
+                f"{len(seeds)} seeds for {inputs.n} pictures; allowed: one each, and at least one picture"
+            )
+        size = inputs.size
+        for i, stage in enumerate(self.stages):
+            if only is not None and stage.name not in only:
+                continue
+            # The first stage draws from the seeds themselves, as other programs do; later ones from streams
+            # of their own.
+            noise = Noise(seeds) if i == 0 else Noise(seeds).fork(stage.name)
+            inputs = replace(inputs, size=self._stage_size(stage, size))
+            inputs = stage.run(inputs, (options or {}).get(stage.name, stage.defaults), noise, observe)
+        return replace(inputs, size=size)
+
+    def generate(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        batch: int = 8,
+        observe: Observer | None = None,
+        **request: Unpack[Request],
+    ) -> list[Image.Image]:
+        """Pictures for prompts.
+
+        Args:
+            text: one prompt or several; an empty one, or none, draws unconditionally.
+            seed: picture i of the result depends on seed + i alone, in whatever company it is made.
+            batch: pictures computed together; limits the memory.
+            observe: called after every step of every batch; raises Cancelled to stop.
+            request: see Request.
+
+        Returns: one Pillow image per prompt and `n`, prompt by prompt.
+        Raises: ValueError in one line naming the value, what is allowed and the fix.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch is {batch!r}; allowed: a whole number of at least 1")
+        options = self.resolve(**request)
+        inputs = inputs_for(text, request, self.size)
+        seeds = seeds_for(seed, inputs.n)
+        images: list[Image.Image] = []
+        for rows in _chunks(inputs.n, batch):
+            part = _rows(inputs, rows)
+            done = self.run(part, options, only=request.get("only"), seed=seeds[rows], observe=observe)
+            if done.low_res is None:
+                raise ValueError("the stages that ran make no picture; run one that does, or use System.run")
+            images += [to_pil(image) for image in to_uint8(done.low_res.cpu())]
+        return images
+
+    def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:
+        """The options of every stage that a request would run, with nothing left to defaults."""
+        given, only = request.get("options", {}), request.get("only")
+        stages = [s for s in self.stages if only is None or s.name in only]
+        return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
+
+    def reconstruct(self, image: Image.Image, *, size: int | tuple[int, int] | None = None) -> Image.Image:
+        """What the codec makes of a picture: encoded to the mean latent and decoded.
+
+        Args:
+            size: side of a square or (height, width), to which the picture is scaled and cropped first;
+                None = its own size, cropped to multiples of the codec's factor.
+
+        Raises: ValueError if the size is not a multiple of the factor.
+        """
+        stage = next((s for s in reversed(self.stages) if s.pixels is not None), None)
+        if stage is None:
+            raise ValueError("this system makes no pictures, so it cannot reconstruct one")
+        f = stage.codec.factor
+        if size is None:
+            size = max(image.height // f, 1) * f, max(image.width // f, 1) * f
+        height, width = (size, size) if isinstance(size, int) else size
+        if height % f or width % f or height < f or width < f:
+            raise ValueError(f"size {width}x{height}: both sides must be positive multiples of {f} pixels")
+        x = to_float(from_pil(center_crop(image.convert("RGB"), (height, width))))[None]
+        with torch.no_grad():
+            decoded = stage.codec.decode(stage.codec.encode(x.to(stage.device)))
+        return to_pil(to_uint8(decoded[0].float().cpu()))
+
+    def _stage_size(self, stage: Stage, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The size of this stage's picture when the system's is `size`, scaled as the defaults are."""
+        if size is None or stage.pixels is None or self.size is None:
+            return None
+        height, width = (s * own // full for s, own, full in zip(size, stage.pixels, self.size, strict=True))
+        return height, width
+
+
+def assemble(
+    config: SystemConfig, parts: Parts, *, about: About | None = None, card: str = "", fingerprint: str = ""
+) -> System:
+    """A system from settings and parts. Raises: ValueError if a part is missing or does not fit."""
+    stages = tuple(stage.build(parts) for stage in config.stages)
+    return System(stages, config, parts, about or About(), card, fingerprint)
+
+
+def load_system(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> System:
+    """A system from a native checkpoint folder. Raises: ValueError in one line for any fault in it."""
+    folder = read_folder(path, device=device, dtype=dtype)
+    config = strict_json(SystemConfig, dict(folder.system), where=f"{Path(path) / MANIFEST}: system")
+    about = strict_json(About, dict(folder.about), where=f"{Path(path) / MANIFEST}: about")
+    return assemble(config, folder.parts, about=about, card=folder.card, fingerprint=folder.fingerprint)
+
+
+def save_system(system: System, path: str | Path, *, dtype: torch.dtype | None = None) -> str:
+    """Write a system as a native checkpoint folder, whole or not at all.
+
+    Args:
+        dtype: of the stored weights; None = as they are.
+
+    Returns: the fingerprint of the checkpoint.
+    Raises: ValueError in one line if the folder cannot be written.
+    """
+    card = system.card or f"# {system.about.name}\n\n{system.about.summary}\n"
+    folder = Folder(system.parts, to_json(system.config), to_json(system.about), card)
+    return write_folder(path, folder, dtype=dtype)
+
+
+def _chunks(n: int, batch: int) -> Iterator[slice]:
+    for start in range(0, n, batch):
+        yield slice(start, min(start + batch, n))
+
+
+def _rows(inputs: Inputs, rows: slice) -> Inputs:
+    """The same request for some of its pictures."""
+    perpicture: dict[str, Any] = {
+        f.name: v for f in fields(inputs) if isinstance(v := getattr(inputs, f.name), Tensor | list)
+    }
+    return replace(inputs, n=rows.stop - rows.start, **{name: v[rows] for name, v in perpicture.items()})
