@@ -19,7 +19,10 @@ FORMULAS: Registry[Formula] = Registry("beta formula")
 
 @FORMULAS("linear")
 def linear(steps: int, start: float | None, end: float | None) -> Tensor:
-    """Linear from 1e-4 s to 2e-2 s with s = 1000 / steps (Ho et al. 2020, arXiv:2006.11239); s = 1 if given."""
+    """Linear from 1e-4 s to 2e-2 s with s = 1000 / steps; a start or end that is given is not scaled.
+
+    Ho et al. 2020 (arXiv:2006.11239); s: Nichol & Dhariwal 2021 (arXiv:2102.09672).
+    """
     scale = 1000 / steps
     return _line(steps, scale * 1e-4 if start is None else start, scale * 2e-2 if end is None else end)
 
@@ -44,7 +47,7 @@ def cosine(steps: int, start: float | None, end: float | None) -> Tensor:
 
 @FORMULAS("sigmoid")
 def sigmoid(steps: int, start: float | None, end: float | None) -> Tensor:
-    """start + (end - start) sigmoid(linspace(-6, 6)), by default 1e-4 to 2e-2 (GeoDiff; diffusers' "sigmoid")."""
+    """From start to end along sigmoid(linspace(-6, 6)), by default 1e-4 to 2e-2 (the name in diffusers)."""
     first, last = _or(start, 1e-4), _or(end, 2e-2)
     return torch.sigmoid(_line(steps, -6, 6)) * (last - first) + first
 

@@ -36,14 +36,26 @@ class NetOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Not an nn.Module: parameter names stay the net's own, `replace(d, net=ema)` swaps weights, and no dtype cast
-    of the net can touch the schedule's tables.
+    """A net, and what its output means.
+
+    Not an nn.Module: parameter names stay the net's own, `replace(d, net=ema)` swaps weights, and no dtype
+    cast of the net can touch the schedule's tables.
+
+    Raises: ValueError if the parameterization is undefined at the schedule's noisiest level.
     """
 
     net: Net
     schedule: NoiseSchedule
     parameterization: Parameterization
     learned_var: bool = False
+
+    def __post_init__(self) -> None:
+        noisiest = self.schedule(torch.tensor(self.schedule.span[1], dtype=torch.float64))
+        if not all(bool(c.isfinite().all()) for c in self.parameterization(noisiest)):
+            raise ValueError(
+                "the schedule reaches alpha = 0, where this parameterization (eps?) is undefined; "
+                "use v, x0 or flow, or a schedule with end < 1"
+            )
 
     def prepare(self, cond: Conditioning) -> Conditioning:
         """What the net can compute from the conditioning alone, once per walk instead of once per step."""
@@ -56,9 +68,26 @@ class Denoiser:
         Args:
             x_t: (B, C, ...) noisy sample.
             level: of shape () or (B,).
+            cond: batch B; its `concat`, if any, is appended to the scaled x_t.
         """
-        scaled = expand(self.parameterization(level).inp, x_t) * x_t
-        x = scaled if cond.concat is None else torch.cat([scaled, cond.concat.to(scaled)], dim=1)
+        return self._evaluate(x_t, level, cond, self.parameterization(level).inp)
+
+    def __call__(self, x_t: Tensor, level: Level, cond: Conditioning) -> Denoised:
+        """x0 and eps implied by the network at x_t; shapes as in `raw`.
+
+        Both come from F by coefficients in float64, so that an eps network's eps is F itself and loses
+        nothing at small sigma. At sigma = 0 the noise is not defined by x_t and x0; it is returned as zero.
+        """
+        skip, out, inp = self.parameterization(level)
+        prediction, var = self._evaluate(x_t, level, cond, inp)
+        eps_skip, eps_out = _noise_weights(level, skip, out)
+        x0 = _weighted(skip, x_t, out, prediction)
+        return Denoised(x0, _weighted(eps_skip, x_t, eps_out, prediction), var)
+
+    def _evaluate(self, x_t: Tensor, level: Level, cond: Conditioning, inp: Tensor) -> NetOutput:
+        x = float(inp) * x_t if inp.ndim == 0 else expand(inp, x_t) * x_t
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat.to(x)], dim=1)
         t = level.t.to(x_t.device, torch.promote_types(torch.float32, x_t.dtype)).expand(len(x_t))
         out = self.net(x, t, cond).to(x_t.dtype)
         if not self.learned_var:
@@ -66,18 +95,21 @@ class Denoiser:
         prediction, var = out.chunk(2, dim=1)
         return NetOutput(prediction, var)
 
-    def __call__(self, x_t: Tensor, level: Level, cond: Conditioning) -> Denoised:
-        """x0 and eps implied by the network at x_t; shapes as in `raw`.
 
-        Both come from F by coefficients in float64, so that an eps network's eps is F itself and loses nothing at
-        small sigma. At sigma = 0 the noise is not defined by x_t and x0; it is returned as zero.
-        """
-        out = self.raw(x_t, level, cond)
-        c = self.parameterization(level)
-        x0 = expand(c.skip, x_t) * x_t + expand(c.out, x_t) * out.prediction
-        inverse = torch.where(level.sigma > 0, 1 / level.sigma.clamp_min(1e-300), torch.zeros_like(level.sigma))
-        eps_skip, eps_out = (1 - level.alpha * c.skip) * inverse, -level.alpha * c.out * inverse
-        return Denoised(x0, expand(eps_skip, x_t) * x_t + expand(eps_out, x_t) * out.prediction, out.var)
+def _noise_weights(level: Level, skip: Tensor, out: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Weights of x_t and F in eps = (x_t - alpha x0) / sigma; 0 at sigma = 0."""
+    if level.sigma.ndim == 0:
+        alpha, sigma = float(level.alpha), float(level.sigma)
+        return ((1 - alpha * float(skip)) / sigma, -alpha * float(out) / sigma) if sigma > 0 else (0.0, 0.0)
+    inverse = torch.where(level.sigma > 0, 1 / level.sigma.clamp_min(1e-300), torch.zeros_like(level.sigma))
+    return (1 - level.alpha * skip) * inverse, -level.alpha * out * inverse
+
+
+def _weighted(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Tensor:
+    """a x + b y for weights of shape () or (B,); () as plain numbers, which no device has to wait for."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim + b.ndim:
+        return expand(a, x) * x + expand(b, y) * y
+    return torch.add(float(a) * x, y, alpha=float(b))
 
 
 def rebuild(

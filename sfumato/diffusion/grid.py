@@ -1,4 +1,4 @@
-"""Grid: the levels that a sampler walks, and what can be done to a walk: a part of it, its reverse, RePaint jumps."""
+"""Grid: the levels that a sampler walks; parts of a walk, its reverse, RePaint jumps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ SPACINGS: Registry[Spacing] = Registry("spacing")
 
 
 class Point(NamedTuple):
-    """A level as two plain floats, which is what sampler arithmetic uses: no tensor op, no copy to a device."""
+    """A level as two plain floats, for sampler arithmetic: no tensor op, no copy to a device."""
 
     alpha: float
     sigma: float
@@ -104,19 +105,21 @@ class Grid:
         if not isinstance(end, Level):
             end = _off_schedule(*end)
         levels = schedule(t)
-        columns = (torch.cat([v, e.reshape(1)]) for v, e in zip(levels, end, strict=True))
-        grid = Grid(schedule, *columns)
+        t, alpha, sigma = (torch.cat([v, e.reshape(1)]) for v, e in zip(levels, end, strict=True))
+        grid = Grid(schedule, t, alpha, sigma)
         ratios = [p.ratio for p in grid.points]
-        for i, (now, after) in enumerate(zip(ratios, ratios[1:], strict=False)):
+        for i, (now, after) in enumerate(pairwise(ratios)):
             if not after < now:
-                raise ValueError(f"levels {i} and {i + 1} of the grid have sigma/alpha {now:g} and {after:g}: it must fall")
+                raise ValueError(
+                    f"levels {i} and {i + 1} of the grid have sigma/alpha {now:g} and {after:g}: it must fall"
+                )
         return grid
 
     def window(self, start: float, stop: float) -> Grid:
         """The part between two fractions of the steps: img2img of strength s is window(1 - s, 1).
 
-        A fraction that falls inside a step is moved to the step's end, so window(0, f) and window(f, 1) always join;
-        50 steps at strength 0.75 leave 37.
+        A fraction that falls inside a step is moved to the step's end, so window(0, f) and window(f, 1)
+        always join; 50 steps at strength 0.75 leave 37.
 
         Raises: ValueError if the fractions are not 0 <= start < stop <= 1, or no step lies between them.
         """
@@ -125,13 +128,15 @@ class Grid:
         # The slack keeps 0.8 * 50 at 40 where 1 - 0.2 is not exactly 0.8.
         first, last = (math.ceil(f * len(self) - 1e-6) for f in (start, stop))
         if first >= last:
-            raise ValueError(f"window ({start:g}, {stop:g}) holds none of {len(self)} steps; widen it or take more steps")
+            raise ValueError(
+                f"window ({start:g}, {stop:g}) holds none of {len(self)} steps; widen it or take more steps"
+            )
         part = slice(first, last + 1)
         jumps = frozenset(j - first for j in self.jumps if first <= j < last)
         return Grid(self.schedule, self.t[part], self.alpha[part], self.sigma[part], jumps)
 
     def reversed(self, end: tuple[float, float] | None = (0.0, 1.0)) -> Grid:
-        """The same levels clean -> noisy, for inversion; the walk starts at the cleanest level with any noise.
+        """The same levels clean -> noisy, for inversion, from the cleanest level that has any noise.
 
         Args:
             end: terminal level beyond the noisiest one, by default pure noise as in guided-diffusion's
@@ -140,18 +145,21 @@ class Grid:
         Raises: ValueError for a grid with jumps or of a single noisy level that has nowhere to go.
         """
         if self.jumps:
-            raise ValueError("a grid with RePaint jumps cannot be reversed; reverse the grid it was made from")
+            raise ValueError(
+                "a grid with RePaint jumps cannot be reversed; reverse the grid it was made from"
+            )
         noisy = len(self.t) if self.points[-1].sigma > 0 else len(self)
-        columns = [v[:noisy].flip(0) for v in (self.t, self.alpha, self.sigma)]
+        levels = Level(*(v[:noisy].flip(0) for v in (self.t, self.alpha, self.sigma)))
         if end is not None and Point(*end).ratio > self.points[0].ratio:
-            columns = [torch.cat([v, e.reshape(1)]) for v, e in zip(columns, _off_schedule(*end), strict=True)]
-        if len(columns[0]) < 2:  # noqa: PLR2004 (a step joins two levels)
+            beyond = _off_schedule(*end)
+            levels = Level(*(torch.cat([v, e.reshape(1)]) for v, e in zip(levels, beyond, strict=True)))
+        if len(levels.t) < 2:
             raise ValueError("cannot reverse a grid of one noisy level; take more steps")
-        return Grid(self.schedule, *columns)
+        return Grid(self.schedule, *levels)
 
 
 def repaint(grid: Grid, jump_length: int = 10, resamples: int = 10) -> Grid:
-    """Go back `jump_length` levels, `resamples` - 1 times, at every jump_length-th level counted from the clean end.
+    """Go back `jump_length` levels, `resamples` - 1 times, at every jump_length-th level from the clean end.
 
     One jump is one step of forward diffusion, which has the distribution of jump_length single ones.
     Lugmayr et al. 2022 (arXiv:2201.09865), section 4.2 and appendix; its defaults are 10 and 10 at 250 steps.
@@ -159,7 +167,9 @@ def repaint(grid: Grid, jump_length: int = 10, resamples: int = 10) -> Grid:
     Raises: ValueError for a jump_length or resamples below 1, or a grid that has jumps already.
     """
     if jump_length < 1 or resamples < 1 or grid.jumps:
-        raise ValueError(f"repaint({jump_length=}, {resamples=}): both must be at least 1, on a grid without jumps")
+        raise ValueError(
+            f"repaint({jump_length=}, {resamples=}): both must be at least 1, on a grid without jumps"
+        )
     n = len(grid)
     left = {n - 1 - k: resamples - 1 for k in range(0, n - jump_length, jump_length)}
     walk, jumps, i = [0], set(), 0
@@ -172,7 +182,9 @@ def repaint(grid: Grid, jump_length: int = 10, resamples: int = 10) -> Grid:
             i += 1
         walk.append(i)
     order = torch.tensor(walk)
-    return replace(grid, t=grid.t[order], alpha=grid.alpha[order], sigma=grid.sigma[order], jumps=frozenset(jumps))
+    return replace(
+        grid, t=grid.t[order], alpha=grid.alpha[order], sigma=grid.sigma[order], jumps=frozenset(jumps)
+    )
 
 
 def _off_schedule(alpha: float, sigma: float) -> Level:

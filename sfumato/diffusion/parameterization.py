@@ -44,7 +44,7 @@ def x0(level: Level) -> Coefficients:
 
 @PARAMETERIZATIONS("v")
 def v(level: Level) -> Coefficients:
-    """F = alpha eps - sigma x0, for variance-preserving levels (Salimans & Ho 2022, arXiv:2202.00512, app. D)."""
+    """F = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, app. D), for alpha^2 + sigma^2 = 1."""
     return Coefficients(level.alpha, -level.sigma, torch.ones_like(level.alpha))
 
 
@@ -59,7 +59,7 @@ def flow(level: Level) -> Coefficients:
 
 
 def edm(sigma_data: float = 0.5) -> Parameterization:
-    """Preconditioning of Karras et al. 2022 (arXiv:2206.00364, table 1), for variance-exploding levels (alpha = 1)."""
+    """Preconditioning of Karras et al. 2022 (arXiv:2206.00364), table 1, for levels with alpha = 1."""
 
     def coefficients(level: Level) -> Coefficients:
         total = level.sigma**2 + sigma_data**2
@@ -81,4 +81,7 @@ def target(parameterization: Parameterization, level: Level, clean: Tensor, nois
         clean, noise: (B, C, ...).
     """
     c = parameterization(level)
-    return expand((1 - c.skip * level.alpha) / c.out, clean) * clean + expand(-c.skip * level.sigma / c.out, clean) * noise
+    return (
+        expand((1 - c.skip * level.alpha) / c.out, clean) * clean
+        + expand(-c.skip * level.sigma / c.out, clean) * noise
+    )

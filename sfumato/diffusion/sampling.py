@@ -15,7 +15,7 @@ from sfumato.core.types import Denoised, Level
 from sfumato.diffusion.denoiser import DenoiseFn
 from sfumato.diffusion.grid import Grid, Point
 
-__all__ = ["SAMPLERS", "Cancelled", "Past", "Run", "Step", "fold", "integrate"]
+__all__ = ["SAMPLERS", "Cancelled", "Correction", "Past", "Run", "Step", "fold", "integrate"]
 
 Step = Callable[..., Tensor]
 SAMPLERS: Registry[Step] = Registry("sampler")
@@ -35,10 +35,11 @@ class Past(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """What a predictor-corrector solver needs of its previous step: where it started and what it predicted."""
+    """What a predictor-corrector solver needs of its previous step: where it began and what it predicted."""
 
     start: Tensor
     predicted: Tensor
+    order: int
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Run:
 def fold(denoised: Denoised, point: Point) -> Denoised:
     """Move the external score into eps, eps - sigma grad, and x0 with it.
 
-    Dhariwal & Nichol 2021 (arXiv:2105.05233), algorithm 2. At alpha = 0 x_t says nothing of y: the score is zero there.
+    Dhariwal & Nichol 2021 (arXiv:2105.05233), algorithm 2. At alpha = 0 x_t says nothing of y: the score is
+    zero there.
     """
     if denoised.grad is None:
         return denoised
@@ -126,7 +128,7 @@ def integrate(
 
 
 def _renoise(run: Run, x: Tensor, i: int) -> Tensor:
-    """Forward diffusion from level i to the noisier level i + 1: x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) z."""
+    """Diffuse from level i to the noisier level i + 1: x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) z."""
     now, up = run.grid.points[i], run.grid.points[i + 1]
     ratio = up.alpha / now.alpha
     variance = up.sigma**2 - (ratio * now.sigma) ** 2

@@ -1,7 +1,7 @@
 """Noise schedules: a time t -> (alpha, sigma), and back; frozen dataclasses that serialise to JSON.
 
-A schedule has a time of its own (an index, ln(sigma)/4, u in [0, 1]); `Level.t` is what the network embeds, which is
-that time unless the schedule says otherwise (`rescale_timesteps`, `multiplier`, `shift`).
+A schedule has a time of its own (an index, ln(sigma)/4, u in [0, 1]); `Level.t` is what the network embeds,
+which is that time unless the schedule says otherwise (`rescale_timesteps`, `multiplier`, `shift`).
 """
 
 from __future__ import annotations
@@ -52,14 +52,16 @@ class Table(NamedTuple):
 class Discrete:
     """A variance-preserving table of `steps` levels; t is the index, 0 the cleanest.
 
-    Between two entries the log-SNR is linear in t (k-diffusion's rule). If the last entry has alpha = 0, where log-SNR
-    is infinite, alpha / sigma is linear in the last interval instead.
+    Between two entries the log-SNR is linear in t (k-diffusion's rule). If the last entry has alpha = 0,
+    where log-SNR is infinite, alpha / sigma is linear in the last interval instead.
 
     Attributes:
-        formula: how the betas arise, one of `betas.FORMULAS`, or "betas" / "alphas_cumprod" for the table in `values`.
+        formula: how the betas arise, one of `betas.FORMULAS`, or "betas" / "alphas_cumprod" for the table in
+            `values`.
         start, end: first and last beta of the formulas that have them; None = the formula's own.
         values: the table, for "betas" and "alphas_cumprod" only.
-        zero_snr: shift and scale sqrt(alphas_cumprod) so that the last entry is 0 (Lin et al. 2023, arXiv:2305.08891).
+        zero_snr: shift and scale sqrt(alphas_cumprod) so that the last entry is 0 (Lin et al. 2023,
+            arXiv:2305.08891).
         rescale_timesteps: the network embeds t * 1000 / steps (improved-diffusion, IF).
 
     Raises: ValueError if the formula is unknown or the table is not strictly decreasing.
@@ -77,9 +79,13 @@ class Discrete:
     def __post_init__(self) -> None:
         if self.formula in ("betas", "alphas_cumprod"):
             if len(self.values) != self.steps or not self.values:
-                raise ValueError(f"a table of {len(self.values)} {self.formula} with steps={self.steps}: they must agree")
+                raise ValueError(
+                    f"a table of {len(self.values)} {self.formula} with steps={self.steps}: they must agree"
+                )
         elif self.values:
-            raise ValueError(f"formula {self.formula!r} takes no values; use formula='betas' or 'alphas_cumprod'")
+            raise ValueError(
+                f"formula {self.formula!r} takes no values; use formula='betas' or 'alphas_cumprod'"
+            )
         else:
             FORMULAS[self.formula]
         if self.steps < 1:
@@ -103,6 +109,11 @@ class Discrete:
         bar = self.alpha_bar
         return Table(bar.sqrt(), (1 - bar).sqrt(), 0.5 * (bar.log() - torch.log1p(-bar)))
 
+    @cached_property
+    def reaches_noise(self) -> bool:
+        """Whether the last entry has alpha = 0."""
+        return float(self.alpha_bar[-1]) == 0
+
     @property
     def span(self) -> tuple[float, float]:
         """Index 0 and index steps - 1."""
@@ -113,12 +124,16 @@ class Discrete:
         t = _double(t)
         if bool(((t < 0) | (t > self.steps - 1)).any()):
             raise ValueError(f"time {t.tolist()} is outside this schedule; allowed: 0 to {self.steps - 1}")
-        low = t.floor().long()
-        weight, before, after = t - low, self.table.log_snr[low], self.table.log_snr[(low + 1).clamp_max(self.steps - 1)]
-        log_snr = torch.where(after.isinf(), before + torch.log1p(-weight), before + weight * (after - before))
-        listed = weight == 0
-        alpha = torch.where(listed, self.table.alpha[low], torch.sigmoid(2 * log_snr).sqrt())
-        sigma = torch.where(listed, self.table.sigma[low], torch.sigmoid(-2 * log_snr).sqrt())
+        low, table = t.long(), self.table
+        weight = t - low
+        if not bool(weight.any()):
+            alpha, sigma = table.alpha[low], table.sigma[low]
+        else:
+            before, after = table.log_snr[low], table.log_snr[(low + 1).clamp_max(self.steps - 1)]
+            log_snr = torch.lerp(before, after, weight)
+            if self.reaches_noise:
+                log_snr = torch.where(after.isinf(), before + torch.log1p(-weight), log_snr)
+            alpha, sigma = torch.sigmoid(2 * log_snr).sqrt(), torch.sigmoid(-2 * log_snr).sqrt()
         return Level(t * 1000 / self.steps if self.rescale_timesteps else t, alpha, sigma)
 
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -134,15 +149,18 @@ class Discrete:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Continuous cosine schedule: sigma / alpha = tan(pi/2 (u + offset) / (1 + offset)), alpha^2 + sigma^2 = 1.
+    """Continuous cosine schedule, alpha^2 + sigma^2 = 1.
+
+    sigma / alpha = tan(pi/2 (u + offset) / (1 + offset)).
 
     Attributes:
         offset: 0.008 is what Imagen uses, so that sigma does not vanish at u = 0.
-        end: the noisiest time of the grids, at most 1. alpha(1) = 0, where eps says nothing of x0: nets that predict
-            eps need an end below 1.
+        end: the noisiest time of the grids, at most 1. alpha(1) = 0, where eps says nothing of x0: nets that
+            predict eps need an end below 1.
         multiplier: the network embeds multiplier * u.
 
-    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17; continuous time: Saharia et al. 2022 (arXiv:2205.11487).
+    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17; continuous time: Saharia et al. 2022
+    (arXiv:2205.11487).
     """
 
     kind: Literal["continuous_cosine"] = "continuous_cosine"
@@ -177,7 +195,8 @@ class Cosine:
 class VE:
     """Variance-exploding schedule: alpha = 1, t = ln(sigma) / 4, which is what EDM networks embed.
 
-    sigma_min and sigma_max bound the grids, not the times that may be asked for: training draws sigma outside them.
+    sigma_min and sigma_max bound the grids, not the times that may be asked for: training draws sigma outside
+        them.
     Karras et al. 2022 (arXiv:2206.00364), table 1.
     """
 
@@ -187,7 +206,9 @@ class VE:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: need 0 < sigma_min < sigma_max < inf")
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: need 0 < min < max < inf"
+            )
 
     @property
     def span(self) -> tuple[float, float]:
@@ -206,10 +227,13 @@ class VE:
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Straight path of rectified flow: alpha = 1 - t', sigma = t' with t' = shift t / (1 + (shift - 1) t), t in [0, 1].
+    """Straight path of rectified flow: alpha = 1 - t', sigma = t'.
+
+    t' = shift t / (1 + (shift - 1) t) for t in [0, 1].
 
     Attributes:
-        shift: above 1 moves the levels towards noise, for large pictures (Esser et al. 2024, arXiv:2403.03206, eq. 23).
+        shift: above 1 moves the levels towards noise, for large pictures (Esser et al. 2024,
+            arXiv:2403.03206, eq. 23).
         end: the noisiest time of the grids, at most 1; nets that predict eps need an end below 1.
         multiplier: the network embeds multiplier * t' (1000 for SD3 and FLUX, 1 for SiT).
 
@@ -246,14 +270,16 @@ class Flow:
 ScheduleConfig = Annotated[Discrete | Cosine | VE | Flow, Field(discriminator="kind")]
 
 
-def _from_values(formula: str, values: Tensor | tuple[float, ...], *, rescale_timesteps: bool = False) -> Discrete:
+def _from_values(
+    formula: str, values: Tensor | tuple[float, ...], *, rescale_timesteps: bool = False
+) -> Discrete:
     table = tuple(torch.as_tensor(values, dtype=torch.float64).tolist())
     return Discrete(formula=formula, steps=len(table), values=table, rescale_timesteps=rescale_timesteps)
 
 
 SCHEDULES: Registry[partial[Discrete] | type[Cosine | VE | Flow]] = Registry("schedule")
-"""Name -> constructor: the formulas (steps=, start=, end=, zero_snr=), "betas" and "alphas_cumprod" (a table), and the
-continuous schedules."""
+"""Name -> constructor: the formulas (steps=, start=, end=, zero_snr=), "betas" and "alphas_cumprod" (a
+table), and the continuous schedules."""
 for _name in FORMULAS:
     SCHEDULES(_name)(partial(Discrete, formula=_name))
 for _name in ("betas", "alphas_cumprod"):
@@ -281,5 +307,9 @@ def _check_end(end: float) -> None:
 
 def _check_table(bar: Tensor) -> None:
     falling = bool((bar[1:] < bar[:-1]).all())
-    if not (falling and 0 < float(bar[0]) < 1 and float(bar[-1]) >= 0 and (len(bar) > 1 or float(bar[-1]) > 0)):
-        raise ValueError("alphas_cumprod must fall strictly from below 1 to at least 0 (every beta in (0, 1])")
+    if not (
+        falling and 0 < float(bar[0]) < 1 and float(bar[-1]) >= 0 and (len(bar) > 1 or float(bar[-1]) > 0)
+    ):
+        raise ValueError(
+            "alphas_cumprod must fall strictly from below 1 to at least 0 (every beta in (0, 1])"
+        )

@@ -1,7 +1,8 @@
 """Spacings: which levels of a schedule a walk of a given number of steps visits.
 
-All take (schedule, steps, **knobs). The walk ends at (alpha, sigma) = (1, 0), no noise; with `clean_end=False` at the
-schedule's own cleanest level, which is how latent diffusion and Stable Diffusion sample ("set_alpha_to_one": false).
+All take (schedule, steps, **knobs). The walk ends at (alpha, sigma) = (1, 0), no noise; with
+`clean_end=False` at the schedule's own cleanest level, which is how latent diffusion and Stable Diffusion
+sample ("set_alpha_to_one": false).
 """
 
 from __future__ import annotations
@@ -14,20 +15,31 @@ from torch import Tensor
 from sfumato.diffusion.grid import SPACINGS, Grid, Point
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
-__all__ = ["exponential", "karras", "leading", "linspace", "logsnr", "respaced", "respaced_indices", "trailing"]
+__all__ = [
+    "exponential",
+    "karras",
+    "leading",
+    "linspace",
+    "logsnr",
+    "respaced",
+    "respaced_indices",
+    "trailing",
+]
 
 
 @SPACINGS("leading")
 def leading(schedule: NoiseSchedule, steps: int, *, offset: int = 0, clean_end: bool = True) -> Grid:
     """Every (T // steps)-th index from `offset` on; discrete schedules only.
 
-    offset=1, clean_end=False is Stable Diffusion's DDIM: 981, 961, ..., 1, then the level of index 0. The walk does
-    not start at the noisiest level.
+    offset=1, clean_end=False is Stable Diffusion's DDIM: 981, 961, ..., 1, then the level of index 0. The
+    walk does not start at the noisiest level.
     """
     table = _discrete(schedule, steps, "leading")
     t = torch.arange(steps) * (table.steps // steps) + offset
     if offset < 0 or int(t[-1]) >= table.steps:
-        raise ValueError(f"offset={offset} moves {steps} leading steps out of the table 0..{table.steps - 1}; lower it")
+        raise ValueError(
+            f"offset={offset} moves {steps} leading steps out of the table 0..{table.steps - 1}; lower it"
+        )
     return _grid(schedule, t.flip(0), clean_end)
 
 
@@ -48,10 +60,11 @@ def trailing(schedule: NoiseSchedule, steps: int, *, clean_end: bool = True) -> 
 
 @SPACINGS("linspace")
 def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clean_end: bool = True) -> Grid:
-    """Evenly in time from the noisiest to the cleanest level; of the latter only if it has any noise (not flow).
+    """Evenly in time from the noisiest to the cleanest level, the latter only if it has noise (not in flow).
 
     Args:
-        rounding: on a discrete schedule round to whole indices, half to even; False takes fractional ones (k-diffusion).
+        rounding: on a discrete schedule round to whole indices, half to even; False takes fractional ones
+            (k-diffusion).
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
@@ -63,7 +76,9 @@ def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clea
 
 
 @SPACINGS("respaced")
-def respaced(schedule: NoiseSchedule, steps: int, *, sections: str | None = None, clean_end: bool = True) -> Grid:
+def respaced(
+    schedule: NoiseSchedule, steps: int, *, sections: str | None = None, clean_end: bool = True
+) -> Grid:
     """Indices as improved-diffusion's SpacedDiffusion chooses them; discrete schedules only.
 
     Args:
@@ -74,7 +89,9 @@ def respaced(schedule: NoiseSchedule, steps: int, *, sections: str | None = None
     table = _discrete(schedule, steps, "respaced")
     t = respaced_indices(table.steps, str(steps) if sections is None else sections)
     if len(t) != steps:
-        raise ValueError(f"sections {sections!r} give {len(t)} steps, not {steps}; set steps={len(t)} or leave them out")
+        raise ValueError(
+            f"sections {sections!r} give {len(t)} steps, not {steps}; set steps={len(t)} or leave them out"
+        )
     return _grid(schedule, torch.tensor(t[::-1]), clean_end)
 
 
@@ -91,7 +108,8 @@ def karras(
     """Evenly in (sigma / alpha)^(1 / rho), both ends included (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     Args:
-        sigma_min, sigma_max: sigma / alpha of the ends, by default the schedule's; needed where those are 0 or infinite.
+        sigma_min, sigma_max: sigma / alpha of the ends, by default the schedule's; needed where those are 0
+            or infinite.
     """
     low, high = _bounds(schedule, steps, sigma_min, sigma_max, "karras")
     return _by_ratio(schedule, _line(high ** (1 / rho), low ** (1 / rho), steps).pow(rho), clean_end)
@@ -122,8 +140,8 @@ def logsnr(
 ) -> Grid:
     """Evenly in log-SNR with steps + 1 levels, of which the cleanest gives way to the terminal level.
 
-    With clean_end=False this is DPM-Solver's uniform log-SNR grid (Lu et al. 2022, arXiv:2206.00927, section 3.4);
-    bounds as in `karras`.
+    With clean_end=False this is DPM-Solver's uniform log-SNR grid (Lu et al. 2022, arXiv:2206.00927, section
+    3.4); bounds as in `karras`.
     """
     low, high = _bounds(schedule, steps, sigma_min, sigma_max, "logsnr")
     return _by_ratio(schedule, _line(math.log(high), math.log(low), steps + 1)[:-1].exp(), clean_end)
@@ -132,19 +150,21 @@ def logsnr(
 def respaced_indices(total: int, sections: str) -> list[int]:
     """The indices of 0..total-1 that a respacing string keeps, ascending.
 
-    "n" or "n1,n2,...": as many equal parts as there are numbers (the first total mod k of them one longer), n_i indices
-    in part i. "ddimN": every k-th index from 0 for the first k that gives N. "fast27" (GLIDE): "10,10,3,2,2" of 1000
-    with 997 for 999.
+    "n" or "n1,n2,...": as many equal parts as there are numbers (the first total mod k of them one longer),
+    n_i indices in part i. "ddimN": every k-th index from 0 for the first k that gives N. "fast27" (GLIDE):
+    "10,10,3,2,2" of 1000 with 997 for 999.
 
     Raises: ValueError if the string is none of these, or does not fit `total`.
     """
-    if sections == "fast27" and total == 1000:  # noqa: PLR2004 (the name stands for indices of 1000)
+    if sections == "fast27" and total == 1000:
         return [*respaced_indices(total, "10,10,3,2,2")[:-1], 997]
     if sections.startswith("ddim") and sections[4:].isdecimal():
         return _strided(total, int(sections[4:]))
     counts = sections.split(",")
     if not all(c.strip().isdecimal() for c in counts):
-        raise ValueError(f"respacing {sections!r} of {total} levels; allowed: '250', '10,10,3,2,2', 'ddim50', 'fast27' (of 1000)")
+        raise ValueError(
+            f"respacing {sections!r} of {total} levels; allowed: '50', '10,10,3,2,2', 'ddim50', 'fast27' (1000)"
+        )
     kept: list[int] = []
     start, (size, longer) = 0, divmod(total, len(counts))
     for i, count in enumerate(counts):
@@ -157,7 +177,9 @@ def respaced_indices(total: int, sections: str) -> list[int]:
 def _part(start: int, size: int, count: int, sections: str) -> list[int]:
     """`count` of `size` indices from `start`, the first and the last among them."""
     if count > size:
-        raise ValueError(f"respacing {sections!r}: cannot keep {count} of {size} levels; lower it to at most {size}")
+        raise ValueError(
+            f"respacing {sections!r}: cannot keep {count} of {size} levels; lower it to at most {size}"
+        )
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
     at, kept = 0.0, []
     for _ in range(count):
@@ -171,19 +193,25 @@ def _strided(total: int, count: int) -> list[int]:
     for stride in range(1, total):
         if len(range(0, total, stride)) == count:
             return list(range(0, total, stride))
-    raise ValueError(f"respacing 'ddim{count}': no whole stride keeps {count} of {total} levels; use respacing '{count}'")
+    raise ValueError(
+        f"respacing 'ddim{count}': no whole stride keeps {count} of {total} levels; use respacing '{count}'"
+    )
 
 
 def _check_steps(schedule: NoiseSchedule, steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r}: it must be a whole number of at least 1")
     if isinstance(schedule, Discrete) and steps > schedule.steps:
-        raise ValueError(f"steps={steps}: this schedule has only {schedule.steps} levels; lower it to at most that")
+        raise ValueError(
+            f"steps={steps}: this schedule has only {schedule.steps} levels; lower it to at most that"
+        )
 
 
 def _discrete(schedule: NoiseSchedule, steps: int, name: str) -> Discrete:
     if not isinstance(schedule, Discrete):
-        raise ValueError(f"spacing {name!r} needs a discrete schedule; for this one use 'linspace', 'trailing' or 'karras'")
+        raise ValueError(
+            f"spacing {name!r} needs a discrete schedule; for this one use 'linspace', 'trailing' or 'karras'"
+        )
     _check_steps(schedule, steps)
     return schedule
 
@@ -197,10 +225,13 @@ def _bounds(
     low, high = clean if low is None else low, noisy if high is None else high
     if not 0 < low < high < math.inf:
         raise ValueError(
-            f"spacing {name!r} got sigma/alpha from {high:g} to {low:g}; set 0 < sigma_min < sigma_max < inf, e.g. 0.002, 80"
+            f"spacing {name!r} got sigma/alpha from {high:g} to {low:g}; "
+            "set 0 < sigma_min < sigma_max < inf, e.g. 0.002 and 80"
         )
     if low < clean * (1 - 1e-9) or high > noisy * (1 + 1e-9):
-        raise ValueError(f"sigma_min={low:g}, sigma_max={high:g}: this schedule only has {clean:g} to {noisy:g}")
+        raise ValueError(
+            f"sigma_min={low:g}, sigma_max={high:g}: this schedule only has {clean:g} to {noisy:g}"
+        )
     return low, high
 
 
@@ -218,5 +249,7 @@ def _grid(schedule: NoiseSchedule, t: Tensor, clean_end: bool) -> Grid:
     if clean_end or Point.of(schedule(clean)).sigma == 0:
         return Grid.of(schedule, t)
     if float(t[-1]) <= float(clean):
-        raise ValueError("clean_end=False, but this spacing visits the cleanest level itself; use leading, offset=1")
+        raise ValueError(
+            "clean_end=False, but this spacing visits the cleanest level itself; use leading, offset=1"
+        )
     return Grid.of(schedule, t, schedule(clean))

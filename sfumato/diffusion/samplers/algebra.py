@@ -1,7 +1,8 @@
-"""What the step functions share: linear combinations, checks, and the coordinates that ODE solvers work in."""
+"""What the step functions share: linear combinations, checks, quadrature weights, coordinates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,19 @@ from torch import Tensor
 
 from sfumato.core.types import Denoised, Level
 from sfumato.diffusion.grid import Grid, Point
+from sfumato.diffusion.sampling import Past, Run
 
-__all__ = ["Frame", "check_descends", "check_order", "combine", "lagrange_weights", "straight_to"]
+__all__ = [
+    "Frame",
+    "check_descends",
+    "check_order",
+    "combine",
+    "exponential_moments",
+    "first_order",
+    "lagrange_weights",
+    "look_back",
+    "transfer",
+]
 
 
 def combine(*terms: tuple[float, Tensor]) -> Tensor:
@@ -22,16 +34,29 @@ def combine(*terms: tuple[float, Tensor]) -> Tensor:
     return total
 
 
-def straight_to(after: Point, denoised: Denoised) -> Tensor:
-    """The first-order step: alpha x0 + sigma eps at the next level, right from alpha = 0 and to sigma = 0 alike."""
+def first_order(after: Point, denoised: Denoised) -> Tensor:
+    """alpha x0 + sigma eps at the next level: the step of order 1, from alpha = 0 and to sigma = 0 alike."""
     return combine((after.alpha, denoised.x0), (after.sigma, denoised.eps))
+
+
+def transfer(x: Tensor, now: Point, after: Point, *predictions: tuple[float, Tensor]) -> Tensor:
+    """sigma_s / sigma_t x_t + alpha_s times the weighted sum of x0 predictions."""
+    return combine((after.sigma / now.sigma, x), *((after.alpha * weight, x0) for weight, x0 in predictions))
+
+
+def look_back(run: Run, count: int) -> list[Past]:
+    """At most `count` evaluations, newest first, without older ones at alpha = 0, where log-SNR is -inf."""
+    newest, *older = reversed(run.history)
+    return [newest, *(past for past in older[: count - 1] if past.point.alpha > 0)]
 
 
 def check_descends(grid: Grid, i: int, name: str) -> tuple[Point, Point]:
     """Levels i and i + 1 of a step that adds noise; ValueError if it leads to more noise."""
     now, after = grid.points[i], grid.points[i + 1]
     if after.ratio >= now.ratio:
-        raise ValueError(f"sampler {name!r} cannot walk from clean to noisy (step {i + 1}); invert with 'ddim', eta=0")
+        raise ValueError(
+            f"sampler {name!r} cannot walk from clean to noisy (step {i + 1}); invert with 'ddim', eta=0"
+        )
     return now, after
 
 
@@ -44,10 +69,11 @@ def check_order(name: str, order: int, highest: int) -> None:
 class Frame:
     """Coordinates (z, s) with z = x / scale in which the probability flow is dz/ds = slope.
 
-    "ratio": z = x / alpha, s = sigma / alpha, slope = eps; the coordinates of Karras et al. 2022 and k-diffusion.
-    "straight": z = x / (alpha + sigma), s = sigma / (alpha + sigma), slope = eps - x0; those of rectified flow, finite
-    from pure noise to none. Solvers use them on schedules that reach alpha = 0, where the ratio is infinite (and where
-    methods that are smooth in the ratio would fall to first order), else the ratio.
+    "ratio": z = x / alpha, s = sigma / alpha, slope = eps; the coordinates of Karras et al. 2022 and
+    k-diffusion. "straight": z = x / (alpha + sigma), s = sigma / (alpha + sigma), slope = eps - x0; those of
+    rectified flow, finite from pure noise to none. Solvers use them on schedules that reach alpha = 0, where
+    the ratio is infinite (and where methods that are smooth in the ratio would fall to first order), else the
+    ratio.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -80,14 +106,33 @@ class Frame:
 
 
 def lagrange_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """Integrals of the Lagrange basis polynomials over `nodes`, whose k-th power integrates to moments[k]."""
+    """Integrals of the Lagrange polynomials over `nodes`, if the k-th power integrates to moments[k]."""
     weights = []
     for j, own in enumerate(nodes):
         coefficients = [1.0]  # of the basis polynomial, lowest power first
         for k, other in enumerate(nodes):
             if k != j:
-                shifted = [0.0, *coefficients]
-                scaled = [*(-other * c for c in coefficients), 0.0]
-                coefficients = [(a + b) / (own - other) for a, b in zip(shifted, scaled, strict=True)]
+                raised, kept = [0.0, *coefficients], [*coefficients, 0.0]
+                coefficients = [(a - other * b) / (own - other) for a, b in zip(raised, kept, strict=True)]
         weights.append(sum(c * m for c, m in zip(coefficients, moments, strict=False)))
     return weights
+
+
+def exponential_moments(h: float, count: int) -> list[float]:
+    """The integrals of h exp(-h (1 - s)) s^k over s in [0, 1], k = 0 .. count - 1; all 1 for h = inf."""
+    if (
+        abs(h) < 1
+    ):  # the recursion below cancels; the series h (1 / (k+1) - h / (k+1)(k+2) + ...) converges fast
+        return [_series(h, k) for k in range(count)]
+    moments = [-math.expm1(-h)]
+    for k in range(1, count):
+        moments.append(1 - k / h * moments[-1])
+    return moments
+
+
+def _series(h: float, k: int) -> float:
+    term = total = h / (k + 1)
+    for j in range(k + 2, k + 22):
+        term *= -h / j
+        total += term
+    return total

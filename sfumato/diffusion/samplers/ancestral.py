@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sfumato.core.types import Denoised
 from sfumato.diffusion.grid import Grid, Point
-from sfumato.diffusion.sampling import SAMPLERS, Run
 from sfumato.diffusion.samplers.algebra import check_descends, combine
+from sfumato.diffusion.sampling import SAMPLERS, Run
 
 __all__ = ["Variances", "ddim", "ddpm", "euler_ancestral"]
 
@@ -20,7 +20,8 @@ __all__ = ["Variances", "ddim", "ddpm", "euler_ancestral"]
 def ddpm(run: Run, x: Tensor, i: int, *, variance: Literal["small", "large"] = "small") -> Tensor:
     """Ancestral step x_t -> x_s from the DDPM posterior.
 
-    mean = alpha_s v / sigma_t^2 x0 + (alpha_t / alpha_s) sigma_s^2 / sigma_t^2 x_t, v = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2
+    mean = alpha_s v / sigma_t^2 x0 + (alpha_t / alpha_s) sigma_s^2 / sigma_t^2 x_t, v = sigma_t^2 - (alpha_t
+    / alpha_s)^2 sigma_s^2
 
     An external score shifts the mean by variance * grad.
 
@@ -31,7 +32,8 @@ def ddpm(run: Run, x: Tensor, i: int, *, variance: Literal["small", "large"] = "
     Returns: sample at level i + 1; noiseless if that has sigma = 0.
     Raises: ValueError if the grid ascends at i, or `variance` is unknown.
 
-    Ho et al. 2020, algorithm 2 (arXiv:2006.11239); learned range: Nichol & Dhariwal 2021, eq. 15 (arXiv:2102.09672).
+    Ho et al. 2020, algorithm 2 (arXiv:2006.11239); learned range: Nichol & Dhariwal 2021, eq. 15
+    (arXiv:2102.09672).
     """
     now, after = check_descends(run.grid, i, "ddpm")
     denoised = run.at(x, i)
@@ -39,7 +41,8 @@ def ddpm(run: Run, x: Tensor, i: int, *, variance: Literal["small", "large"] = "
     spread = variances.choose(denoised, variance)
     ratio = now.alpha / after.alpha
     mean = combine(
-        (after.alpha * variances.large / now.sigma**2, denoised.x0), (ratio * (after.sigma / now.sigma) ** 2, x)
+        (after.alpha * variances.large / now.sigma**2, denoised.x0),
+        (ratio * (after.sigma / now.sigma) ** 2, x),
     )
     if denoised.grad is not None:
         mean = mean + spread * denoised.grad
@@ -50,10 +53,10 @@ def ddpm(run: Run, x: Tensor, i: int, *, variance: Literal["small", "large"] = "
 
 @SAMPLERS("ddim")
 def ddim(run: Run, x: Tensor, i: int, *, eta: float = 0.0) -> Tensor:
-    """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z; eta = 0 is deterministic, eta = 1 is ddpm with "small".
+    """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z.
 
-    tau = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), at most sigma_s. With eta = 0 it also
-    walks a reversed grid (inversion).
+    tau = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), at most sigma_s. eta = 0 is
+    deterministic (order 1) and also walks a reversed grid (inversion); eta = 1 is `ddpm` with "small".
 
     Raises: ValueError if eta is negative, or positive where the grid ascends.
 
@@ -64,9 +67,9 @@ def ddim(run: Run, x: Tensor, i: int, *, eta: float = 0.0) -> Tensor:
 
 @SAMPLERS("euler_ancestral")
 def euler_ancestral(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:
-    """Euler step down to a lower noise level, then noise up to the next one (Katherine Crowson's k-diffusion).
+    """Euler step to below the next noise level, then noise up to it; s_noise scales that noise.
 
-    The same rule as `ddim` with this eta, written in other coordinates; s_noise scales the fresh noise.
+    k-diffusion's ancestral step, which is the rule of `ddim` with this eta (Song et al. 2021, arXiv:2010.02502).
     """
     return _denoise_and_renoise(run, x, i, eta, s_noise)
 
@@ -74,8 +77,8 @@ def euler_ancestral(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: f
 class Variances:
     """Variances of the reverse step i: `small` is the posterior's, `large` the forward step's.
 
-    `floor` replaces a `small` of 0 in logarithms: that of the step before, which is how the reference clips the
-    posterior's log-variance (entry 0 := entry 1).
+    `floor` replaces a `small` of 0 in logarithms: that of the step before, which is how the reference clips
+    the posterior's log-variance (entry 0 := entry 1).
     """
 
     def __init__(self, small: float, large: float, floor: float) -> None:
