@@ -238,6 +238,6 @@ def _ends_early(data: bytes, image: Image.Image) -> bool:
     end = data.rfind(b"\xff\xd9")
     if end < 0 or corner.min() < 127 or corner.max() > 128:
         return False
-    longer = data[:end] + bytes(range(1, 250)) * 8 + data[end:]
+    longer = data[:end] + bytes(range(250)) * 8 + data[end:]  # begins with 0: after a lone 0xFF, no marker
     with Image.open(io.BytesIO(longer)) as again:
         return not np.array_equal(np.asarray(image), np.asarray(again))
