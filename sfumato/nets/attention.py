@@ -36,7 +36,7 @@ class AttentionConfig:
         depth: number of transformer blocks.
         to_pixels: False = "appended" reads the tokens only (IF's super-resolution), and the first attention
             of a transformer block reads the tokens as the second one does (Stable Diffusion's x4 upscaler).
-        norm_tokens: "appended" normalises the tokens, over groups of channels and all positions (IF).
+        norm_tokens: "appended" normalizes the tokens, over groups of channels and all positions (IF).
     """
 
     kind: Literal["self", "appended", "transformer"] = "self"

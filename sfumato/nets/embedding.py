@@ -193,6 +193,9 @@ class Tokens(nn.Module):
     def forward(self, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         """-> (B, image_tokens + L, out_dim); `dtype` is that of the net's weights."""
         tokens = needed(cond, "tokens").to(dtype)
+        if tokens.ndim != 3 or tokens.shape[2] != self.config.dim:
+            shape, dim = tuple(tokens.shape), self.config.dim
+            raise ValueError(f"cond.tokens has shape {shape}; this network needs (batch, length, {dim})")
         if self.proj is not None:
             tokens = self.proj(tokens)
         if self.norm is not None:
