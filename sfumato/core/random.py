@@ -35,12 +35,14 @@ class Noise:
         return torch.stack([torch.randint(high, (), generator=g) for g in self._generators])
 
     def fork(self, name: str) -> Noise:
-        """Independent streams for a named part (a stage), so that skipping one part leaves the others alone."""
+        """Independent streams for a named part (a stage), so that skipping a part leaves the others alone."""
         return Noise([_derive(seed, name) for seed in self.seeds])
 
     def _draw(self, like: Tensor, fn: Callable[[torch.Size, torch.Generator], Tensor]) -> Tensor:
         if like.shape[:1] != (len(self._generators),):
-            raise ValueError(f"noise of {len(self._generators)} seeds was asked for a tensor of shape {tuple(like.shape)}")
+            raise ValueError(
+                f"noise of {len(self._generators)} seeds was asked for a tensor of shape {tuple(like.shape)}"
+            )
         rows = torch.stack([fn(like.shape[1:], g) for g in self._generators])
         return rows.to(like.device, like.dtype)
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 __all__ = ["Conditioning", "Denoised", "Inputs", "KeysValues", "Level", "expand"]
 
-KeysValues = tuple[tuple[Tensor, Tensor], ...]  # one (keys, values) pair per attention layer that reads the tokens
+KeysValues = tuple[
+    tuple[Tensor, Tensor], ...
+]  # one (keys, values) pair per attention layer that reads the tokens
 
 
 def expand(v: Tensor, like: Tensor) -> Tensor:
-    """Cast v, () or (B,), to the dtype and device of `like` and append axes until it broadcasts against it."""
+    """Cast v, () or (B,), to the dtype and device of `like`; append axes until it broadcasts against it."""
     v = v.to(like)
     return v.reshape(v.shape + (1,) * (like.ndim - v.ndim)) if v.ndim else v
 
@@ -23,7 +25,7 @@ def expand(v: Tensor, like: Tensor) -> Tensor:
 class Level(NamedTuple):
     """A noise level: x_t = alpha * x_0 + sigma * eps, eps ~ N(0, I).
 
-    t is the model time, exactly what the network embeds (index, ln(sigma)/4, 1-u ...); all () or (B,), float64.
+    t is the model time, what the network embeds (index, ln(sigma)/4, 1-u ...); all () or (B,), float64.
     """
 
     t: Tensor
@@ -93,7 +95,9 @@ class Conditioning:
         """
         Conditioning._same_fields([self, other])
         theirs = dict(other.items())
-        rows = {k: torch.where(keep.reshape((-1,) + (1,) * (v.ndim - 1)), v, theirs[k]) for k, v in self.items()}
+        rows = {
+            k: torch.where(keep.reshape((-1,) + (1,) * (v.ndim - 1)), v, theirs[k]) for k, v in self.items()
+        }
         return replace(self, kv=None, **rows)
 
     @staticmethod
@@ -106,7 +110,7 @@ class Conditioning:
         if any(p.kv is not None for p in parts):
             raise ValueError("concatenate conditionings before prepare(), not after it")
         columns = [dict(p.items()) for p in parts]
-        return Conditioning(**{k: torch.cat([c[k] for c in columns]) for k in columns[0]})
+        return replace(Conditioning(), **{k: torch.cat([c[k] for c in columns]) for k in columns[0]})
 
     @staticmethod
     def _same_fields(parts: Sequence[Conditioning]) -> None:
@@ -117,7 +121,7 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a user or a data set supplies to a system, and what its stages hand on; pictures are in [-1, 1]."""
+    """What a user or a data set supplies to a system, and what its stages hand on; images in [-1, 1]."""
 
     n: int = 1
     """Number of pictures; every sequence and tensor below has this length."""

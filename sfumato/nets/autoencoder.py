@@ -1,4 +1,4 @@
-"""Convolutional autoencoders: continuous (KL) and vector-quantised (VQ) first stages of latent diffusion."""
+"""Convolutional autoencoders: continuous (KL) and vector-quantized (VQ) first stages of latent diffusion."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class AutoencoderConfig:
     """Shape of a first stage; the defaults are kl-f8, the autoencoder of Stable Diffusion.
 
     `attention_levels` counts from the image (0 = full resolution). The published configs speak of
-    resolutions of a 256-pixel image instead: kl-f16's `[16]` is level 4. `patch` folds patch x patch pixels into
-    channels around the whole network, which spares a CPU the convolutions at full resolution.
+    resolutions of a 256-pixel image instead: kl-f16's `[16]` is level 4. `patch` folds patch x patch
+    pixels into channels around the whole network, which spares a CPU the convolutions at full resolution.
     """
 
     kind: Literal["kl", "vq"] = "kl"
@@ -39,9 +39,13 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if (self.kind == "vq") != (self.codebook_size > 0):
-            raise ValueError(f"kind {self.kind!r} with codebook_size {self.codebook_size}: only vq has a codebook")
+            raise ValueError(
+                f"kind {self.kind!r} with codebook_size {self.codebook_size}: only vq has a codebook"
+            )
         if not self.quant_conv and self.embed_dim != self.z_channels:
-            raise ValueError(f"without quant_conv embed_dim ({self.embed_dim}) must equal z_channels ({self.z_channels})")
+            raise ValueError(
+                f"without quant_conv embed_dim ({self.embed_dim}) must equal z_channels ({self.z_channels})"
+            )
 
     @property
     def factor(self) -> int:
@@ -66,7 +70,7 @@ class DiagonalGaussian(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Quantised latents with straight-through gradient, the codebook loss and the chosen codes."""
+    """Quantized latents with straight-through gradient, the codebook loss and the chosen codes."""
 
     z: Tensor
     loss: Tensor
@@ -196,7 +200,7 @@ class Decoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code by squared distance with a straight-through gradient (van den Oord et al. 2017, arXiv:1711.00937).
+    """Nearest code by squared distance, straight-through gradient (van den Oord et al., arXiv:1711.00937).
 
     The published latent-diffusion checkpoints were trained with `beta` on the codebook term instead of the
     commitment term; `legacy=True` is that order, `legacy=False` the paper's.
@@ -209,7 +213,7 @@ class VectorQuantizer(nn.Module):
         self.beta, self.legacy = beta, legacy
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantise z (B, C, h, w); codes are (B, h, w)."""
+        """Quantize z (B, C, h, w); codes are (B, h, w)."""
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         table = self.embedding.weight
         distance = flat.square().sum(1, keepdim=True) - 2 * flat @ table.T + table.square().sum(1)
@@ -227,8 +231,8 @@ class VectorQuantizer(nn.Module):
 class Autoencoder(nn.Module):
     """Image <-> latent, Rombach et al. 2022 (arXiv:2112.10752); images are (B, 3, H, W) in [-1, 1].
 
-    A KL model encodes to a `DiagonalGaussian`. A VQ model encodes to the latents *before* quantisation and
-    quantises at the start of `decode`, which is how latent diffusion uses it.
+    A KL model encodes to a `DiagonalGaussian`. A VQ model encodes to the latents *before* quantization and
+    quantizes at the start of `decode`, which is how latent diffusion uses it.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -245,13 +249,15 @@ class Autoencoder(nn.Module):
             self.quantizer = VectorQuantizer(c.codebook_size, c.embed_dim, c.commitment, c.legacy_commitment)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Posterior of the latents; for VQ a point mass (logvar -30) at the unquantised latents.
+        """Posterior of the latents; for VQ a point mass (logvar -30) at the unquantized latents.
 
         Raises: ValueError if a side is not a multiple of the factor.
         """
         f = self.config.factor
         if image.shape[-1] % f or image.shape[-2] % f:
-            raise ValueError(f"image is {image.shape[-1]}x{image.shape[-2]}; both sides must be multiples of {f}")
+            raise ValueError(
+                f"image is {image.shape[-1]}x{image.shape[-2]}; both sides must be multiples of {f}"
+            )
         moments = self.quant_conv(self.encoder(image))
         if self.config.kind == "vq":
             return DiagonalGaussian(moments, torch.full_like(moments, -30.0))
@@ -266,7 +272,7 @@ class Autoencoder(nn.Module):
         return quantized
 
     def decode(self, z: Tensor, *, quantize: bool = True) -> Tensor:
-        """Latents (B, C, h, w) -> image (B, 3, h*f, w*f); VQ latents are quantised first unless told not to."""
+        """Latents (B, C, h, w) -> image (B, 3, h*f, w*f); VQ latents are quantized first unless told."""
         if self.config.kind == "vq" and quantize:
             z = self.quantize(z).z
         image: Tensor = self.decoder(self.post_quant_conv(z))

@@ -32,7 +32,11 @@ class Discriminator(nn.Module):
         for i in range(1, config.layers + 1):
             wider = config.channels * min(2**i, 8)
             stride = 2 if i < config.layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2, True)]
+            layers += [
+                nn.Conv2d(width, wider, 4, stride, 1, bias=False),
+                nn.BatchNorm2d(wider),
+                nn.LeakyReLU(0.2, True),
+            ]
             width = wider
         self.net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
         self.apply(_initialize)

@@ -19,8 +19,7 @@ class DiTConfig:
     """Shape of a DiT with adaLN-Zero blocks; the defaults are DiT-S/2 without labels.
 
     `num_classes` adds a label table with one more row, the null class. `text_dim` adds cross-attention to
-    `cond.tokens` in every block, `pooled_dim` adds `cond.pooled` to the modulation. `time_scale` multiplies t before
-    it is embedded: 1 for integer steps, 1000 for t in [0, 1].
+    `cond.tokens` in every block, `pooled_dim` adds `cond.pooled` to the modulation.
     """
 
     in_channels: int = 4
@@ -34,7 +33,6 @@ class DiTConfig:
     text_dim: int | None = None
     pooled_dim: int | None = None
     qk_norm: bool = False
-    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
@@ -65,7 +63,9 @@ class DiT(nn.Module):
         if self.config.text_dim is None:
             return cond
         tokens = _need(cond.tokens, "tokens")
-        return replace(cond, kv=tuple(block.cross.project(tokens) for block in self.blocks))
+        return replace(
+            cond, kv=tuple(block.cross.project(tokens) for block in self._blocks() if block.cross is not None)
+        )
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, H, W), t (B,) -> (B, out_channels, H, W).
@@ -86,7 +86,7 @@ class DiT(nn.Module):
 
     def _signal(self, t: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         """What modulates the blocks: time, label and pooled text, (B, D)."""
-        signal = self.time(time_features(t * self.config.time_scale, TIME_FEATURES).to(dtype))
+        signal = self.time(time_features(t, TIME_FEATURES).to(dtype))
         if self.label is not None:
             signal = signal + self.label(_need(cond.label, "label"))
         if self.pooled is not None:
@@ -98,19 +98,23 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        zero = [self.modulation, self.out, *(b.modulation for b in self.blocks)]
-        zero += [b.cross.out for b in self.blocks if b.cross is not None]
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        _zero(self.modulation, self.out)
+        for block in self._blocks():
+            _zero(block.modulation)
+            if block.cross is not None:
+                _zero(block.cross.out)
+
+    def _blocks(self) -> list[DiTBlock]:
+        return [block for block in self.blocks if isinstance(block, DiTBlock)]
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, optional cross-attention to text, feed-forward; shift, scale and gate from the signal."""
+    """Self-attention, optional cross-attention to text, feed-forward; all modulated by the signal."""
 
     def __init__(self, c: DiTConfig) -> None:
         super().__init__()
@@ -124,7 +128,9 @@ class DiTBlock(nn.Module):
             self.norm_cross = nn.LayerNorm(c.width, eps=1e-6)
             self.cross = CrossAttention(c.width, c.text_dim, c.heads, qk_norm=c.qk_norm)
 
-    def forward(self, x: Tensor, signal: Tensor, kv: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, signal: Tensor, kv: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         if self.cross is not None and kv is not None:
@@ -150,8 +156,9 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 
 
 def sincos_positions(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D positions (1, height * width, dim): half of the channels for the column, half for the row, float64
-    arithmetic as published, returned in float32.
+    """Fixed 2-D positions (1, height * width, dim), float32.
+
+    Half of the channels for the column, half for the row; float64 arithmetic, as published.
     """
     quarter = dim // 4
     omega = torch.exp(-torch.arange(quarter, dtype=torch.float64) * (LOG_PERIOD / quarter))
@@ -172,6 +179,12 @@ def patchify(x: Tensor, p: int) -> Tensor:
 def unpatchify(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:
     """Inverse of patchify for a grid of (rows, columns)."""
     return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), p)
+
+
+def _zero(*layers: nn.Linear) -> None:
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 def _need(value: Tensor | None, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["PerceptualConfig", "PerceptualNet", "Trunk"]
 
-# Input normalisation of the published LPIPS on [-1, 1] images.
+# Input normalization of the published LPIPS on [-1, 1] images.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
@@ -32,6 +32,9 @@ class PerceptualConfig:
 
 class Trunk(nn.Module):
     """VGG stages; image (B, 3, H, W) in [-1, 1] -> the last activation of every stage."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, config: PerceptualConfig) -> None:
         super().__init__()
@@ -56,15 +59,18 @@ class Trunk(nn.Module):
 
 
 class PerceptualNet(nn.Module):
-    """Distance of two images: weighted squared difference of channel-unit features, averaged over space, summed
-    over stages (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+    """Distance of two images in feature space (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
+
+    Weighted squared difference of channel-unit features, averaged over space, summed over stages.
     """
+
+    weights: nn.ParameterList
 
     def __init__(self, config: PerceptualConfig) -> None:
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        # Published LPIPS learned these non-negative weights from human judgements; ones give the plain distance.
+        # LPIPS learned these non-negative weights from human judgments; ones give the plain distance.
         self.weights = nn.ParameterList([nn.Parameter(torch.ones(w)) for w in config.widths])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

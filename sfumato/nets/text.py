@@ -45,8 +45,8 @@ class TextBlock(nn.Module):
 class TextTransformer(nn.Module):
     """Bidirectional transformer over tokens (Rombach et al. 2022, arXiv:2112.10752, section 3.3).
 
-    Padding is masked out of the attention and zeroed in the result, so that a text means the same whatever the
-    length it was padded to.
+    Padding is masked out of the attention and zeroed in the result, so that a text means the same whatever
+    the length it was padded to.
     """
 
     def __init__(self, config: TextTransformerConfig) -> None:
@@ -65,7 +65,9 @@ class TextTransformer(nn.Module):
         Raises: ValueError if L exceeds the context.
         """
         if ids.shape[1] > self.config.context:
-            raise ValueError(f"{ids.shape[1]} tokens for a text tower with a context of {self.config.context}")
+            raise ValueError(
+                f"{ids.shape[1]} tokens for a text tower with a context of {self.config.context}"
+            )
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, mask)

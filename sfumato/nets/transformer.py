@@ -19,12 +19,12 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with fused q, k, v; optionally RMS-normalised queries and keys.
+    """Multi-head self-attention with fused q, k, v; optionally RMS-normalized queries and keys.
 
     Args:
         dim: token width.
         heads: number of heads; must divide dim.
-        qk_norm: normalise q and k per head (Dehghani et al. 2023, arXiv:2302.05442, with RMSNorm).
+        qk_norm: normalize q and k per head (Dehghani et al. 2023, arXiv:2302.05442, with RMSNorm).
     """
 
     def __init__(self, dim: int, heads: int, *, qk_norm: bool = False) -> None:

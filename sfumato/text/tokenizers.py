@@ -45,7 +45,12 @@ class Tokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """The words of `text` that training never saw whole, so that they are spelled in pieces."""
-        words = [w for w, _ in self._engine.pre_tokenizer.pre_tokenize_str(self._engine.normalizer.normalize_str(text))]
+        words = [
+            w
+            for w, _ in self._engine.pre_tokenizer.pre_tokenize_str(
+                self._engine.normalizer.normalize_str(text)
+            )
+        ]
         return [w.lstrip(SPACE) for w in words if self._engine.token_to_id(w) is None]
 
     def to_json(self) -> str:
@@ -68,11 +73,13 @@ class Tokenizer:
     def train(texts: Iterable[str], *, vocab_size: int = 4096, context: int = 16) -> Tokenizer:
         """Byte-pair encoding learned from captions: lower case, words marked by a leading space.
 
-        With a vocabulary large enough every word of the captions is one token, and a word that they do not hold
-        is still spelled from its pieces.
+        With a vocabulary large enough every word of the captions is one token, and a word that they do not
+        hold is still spelled from its pieces.
         """
         engine = Engine(models.BPE(unk_token=UNKNOWN))
-        engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+        engine.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]
+        )
         engine.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
         engine.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
         special = [PAD, START, END, UNKNOWN]
