@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def to_json(value: object, kind: Any = None) -> Any:
-    """Plain JSON data (dicts, lists, numbers, strings) of a dataclass; `kind`: its type, if that is a union."""
+    """Plain JSON data (dicts, lists, numbers, strings) of a dataclass; `kind`: its type if a union."""
     return TypeAdapter(kind or type(value)).dump_python(value, mode="json")
 
 

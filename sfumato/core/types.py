@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ class Conditioning:
         if any(p.kv is not None for p in parts):
             raise ValueError("concatenate conditionings before prepare(), not after it")
         columns = [dict(p.items()) for p in parts]
-        return replace(Conditioning(), **{k: torch.cat([c[k] for c in columns]) for k in columns[0]})
+        joined: dict[str, Any] = {k: torch.cat([c[k] for c in columns]) for k in columns[0]}
+        return Conditioning(**joined)
 
     @staticmethod
     def _same_fields(parts: Sequence[Conditioning]) -> None:
