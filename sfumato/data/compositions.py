@@ -23,8 +23,6 @@ MIRRORED = " facing right"  # the picture is a mirror image of the one whose cap
 
 SALT = "sfumato openmoji held-out"  # the order of candidates is that of sha256(salt, newline, caption)
 TONES = 5
-WHOLE_CONCEPTS = 12
-TONELESS = 36
 
 
 def concept(caption: str) -> str:
@@ -37,15 +35,23 @@ def without_skin_tone(captions: Sequence[str]) -> list[str]:
     return [caption for caption in captions if concept(caption) == caption]
 
 
-def hold_out(captions: Collection[str], *, count: int = 200, keep: Collection[str] = ()) -> list[str]:
+def hold_out(
+    captions: Collection[str],
+    *,
+    count: int = 200,
+    whole_concepts: int = 12,
+    toneless: int = 36,
+    keep: Collection[str] = (),
+) -> list[str]:
     """`count` captions whose every word, but not whose combination of words, occurs in the others; sorted.
 
-    Three kinds, each taken in the order of a hash: 12 concepts with all five skin tones and without (72
-    captions), 36 concepts that have no tone variants, and for the rest one tone of a concept whose other
-    tones stay in training.
+    Three kinds, each taken in the order of a hash of its captions.
 
     Args:
         captions: distinct ones; their order does not matter.
+        count: how many in all; what the next two leave is one tone of a concept that is otherwise trained.
+        whole_concepts: concepts held out without tone and in all five, so six captions each.
+        toneless: concepts held out that have no tone variants.
         keep: concepts that stay in training.
 
     Raises: ValueError if the captions do not have so many compositions.
@@ -55,12 +61,12 @@ def hold_out(captions: Collection[str], *, count: int = 200, keep: Collection[st
     for caption in sorted(draw.words):
         variants[concept(caption)].append(caption)
     complete = [own for own, all_ in variants.items() if own in all_ and len(all_) == TONES + 1]
-    draw.take([[own, *(c for c in variants[own] if c != own)] for own in complete], WHOLE_CONCEPTS)
-    draw.take([[own] for own, all_ in variants.items() if all_ == [own]], TONELESS)
+    draw.take([[own, *(c for c in variants[own] if c != own)] for own in complete], whole_concepts)
+    draw.take([[own] for own, all_ in variants.items() if all_ == [own]], toneless)
     draw.take([[c] for c in draw.words if concept(c) != c], count - len(draw.held))
     if len(draw.held) != count:
         found = len(draw.held)
-        raise ValueError(f"{len(captions)} captions have {found} compositions to hold out, not {count}")
+        raise ValueError(f"{len(captions)} captions have {found} such compositions to hold out, not {count}")
     return sorted(draw.held)
 
 

@@ -108,7 +108,7 @@ def render(
         raise ValueError(f"size {size} is not allowed: the pictures are rendered at 8 to 4096 pixels")
     directory = Path(directory)
     named = captions()
-    stems = sorted(named if names is None else names)
+    stems = sorted(named if names is None else set(names))
     if unknown := [stem for stem in stems if stem not in named]:
         raise ValueError(
             f"no named OpenMoji picture {unknown[0]!r}; the names are code points such as '1F600'"
