@@ -163,7 +163,7 @@ def respaced_indices(total: int, sections: str) -> list[int]:
     counts = sections.split(",")
     if not all(c.strip().isdecimal() for c in counts):
         raise ValueError(
-            f"respacing {sections!r} of {total} levels; allowed: '50', '10,10,3,2,2', 'ddim50', 'fast27' (1000)"
+            f"respacing {sections!r} of {total} levels; allowed: '50', '10,10,3,2,2', 'ddim50', 'fast27'"
         )
     kept: list[int] = []
     start, (size, longer) = 0, divmod(total, len(counts))

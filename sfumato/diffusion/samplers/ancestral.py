@@ -69,7 +69,7 @@ def ddim(run: Run, x: Tensor, i: int, *, eta: float = 0.0) -> Tensor:
 def euler_ancestral(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:
     """Euler step to below the next noise level, then noise up to it; s_noise scales that noise.
 
-    k-diffusion's ancestral step, which is the rule of `ddim` with this eta (Song et al. 2021, arXiv:2010.02502).
+    k-diffusion's ancestral step: the rule of `ddim` with this eta (Song et al. 2021, arXiv:2010.02502).
     """
     return _denoise_and_renoise(run, x, i, eta, s_noise)
 
