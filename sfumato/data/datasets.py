@@ -164,8 +164,10 @@ class ImageFolder:
 def stack(samples: Sequence[Sample]) -> Tensor:
     """(B, 3, H, W) uint8 of samples of one size.
 
-    Raises: ValueError naming two files of different size.
+    Raises: ValueError if there are none, or naming two files of different size.
     """
+    if not samples:
+        raise ValueError("a batch needs at least one picture")
     first = samples[0]
     for sample in samples:
         if sample.image.shape != first.image.shape:

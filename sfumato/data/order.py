@@ -110,7 +110,10 @@ class Order:
 
 def _numbered(keys: Sequence[Hashable]) -> NDArray[np.int64]:
     number: dict[Hashable, int] = {}
-    return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
+    try:
+        return np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
+    except TypeError:
+        raise ValueError("groups must be plain values such as strings or numbers, not lists") from None
 
 
 def _hash(seed: int, number: int, name: str) -> int:

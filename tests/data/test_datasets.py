@@ -129,6 +129,10 @@ class TestBatches:
         assert data.images().dtype == torch.uint8
         assert torch.equal(data.images([4, 1]), stack([data[4], data[1]]))
 
+    def test_no_pictures(self, folder):
+        with pytest.raises(ValueError, match="at least one picture"):
+            ImageFolder(folder).images([])
+
     def test_different_sizes(self, folder):
         Image.fromarray(picture(0, 8, 9)).save(folder / "1.png")
         with pytest.raises(

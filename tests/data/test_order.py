@@ -97,6 +97,7 @@ class TestWrongInput:
             ({"count": 0}, "at least one row, not 0"),
             ({"count": 2, "weights": [1.0]}, "1 weights for 2 rows"),
             ({"count": 2, "groups": "abc"}, "3 groups for 2 rows"),
+            ({"count": 2, "groups": [["a"], ["b"]]}, "plain values"),
             ({"count": 2, "weights": [0.0, 0.0]}, "positive sum"),
             ({"count": 2, "weights": [1.0, -1.0]}, "finite numbers >= 0"),
             ({"count": 2, "weights": [1.0, float("nan")]}, "finite numbers >= 0"),
