@@ -42,14 +42,13 @@ class CFG:
 
     Attributes:
         scale: 1 = off, and then null is not evaluated at all.
-        channels: guide only the first n channels, the rest are conditional; None = all. DiT's published rule
-        is 3 of 4.
+        channels: guide only the first n channels, the rest are conditional; None = all. DiT: 3 of 4.
         rescale: phi in [0, 1] of Lin et al. 2023 (arXiv:2305.08891, eqs. 15 and 16): mix in the guided
             network output scaled to the per-sample standard deviation of the conditional one, against
             over-exposure.
         interval: guide where low < sigma / (alpha + sigma) <= high, a measure that does not depend on the
-            schedule; null is not evaluated outside. An interval (a, b] of EDM sigmas is (a / (1 + a), b / (1
-            + b)]. Kynkaanniemi et al. 2024 (arXiv:2404.07724).
+            schedule; null is not evaluated outside. EDM's (a, b] in sigma / alpha is (a/(1+a), b/(1+b)] here.
+            Kynkaanniemi et al. 2024 (arXiv:2404.07724).
 
     Raises: ValueError if a value is out of range.
     """
@@ -227,7 +226,7 @@ def _inside(interval: Interval, level: Level) -> Tensor:
 
 
 def _where(inside: Tensor, scale: float, x_t: Tensor) -> Tensor | float:
-    """The scale where inside, else 1; a plain number, which needs no copy to a device, if all rows are inside."""
+    """The scale where inside, else 1; if all rows are inside a plain number, which no device has to wait for."""
     return scale if inside.all() else expand(_column(inside, scale), x_t)
 
 
