@@ -83,14 +83,14 @@ def tiny_system() -> object:
         text = TextTransformer(
             TextTransformerConfig(vocab_size=tokenizer.vocab_size, context=8, width=16, depth=1, heads=2)
         )
-        dit = DiT(DiTConfig(width=32, depth=2, heads=2, text_dim=16, pooled_dim=16, time_scale=1000.0))
+        dit = DiT(DiTConfig(width=32, depth=2, heads=2, text_dim=16, pooled_dim=16))
         for p in dit.parameters():  # a fresh DiT says zero whatever it is told
             torch.nn.init.normal_(p, std=0.15)
     from sfumato.diffusion.guidance import CFG
     from sfumato.diffusion.schedules import Flow
 
     stage = StageConfig(
-        schedule=Flow(),
+        schedule=Flow(multiplier=1000.0),
         parameterization="flow",
         conditioners=(TokenTextConfig(),),
         codec=LatentsConfig(std=(0.5,)),

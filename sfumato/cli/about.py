@@ -1,0 +1,106 @@
+"""The verb that describes a system: info."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from sfumato.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from sfumato.systems.system import System
+
+__all__ = ["describe", "info"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Say what a system consists of, and under which license."""
+
+    system: Positional[Path | None] = None
+    """Folder of the system; by default the one that comes with sfumato."""
+    json: bool = False
+    """Print JSON."""
+
+
+def info(args: list[str]) -> int:
+    """`sfumato info`."""
+    from sfumato.api import load
+
+    flags = parse(Info, "info", args)
+    system = load(flags.system)
+    if flags.json:
+        print(json.dumps(describe(system), indent=1))
+    else:
+        print("\n".join(_lines(system)))
+    return 0
+
+
+def describe(system: System) -> dict[str, object]:
+    """JSON data: name, license, parameters of every network, settings of every stage."""
+    from sfumato.core.config import to_json
+
+    height, width = system.size or (0, 0)
+    return {
+        **asdict(system.about),
+        "fingerprint": system.fingerprint,
+        "size": [width, height],
+        "parameters": _parameters(system),
+        "stages": to_json(system.config)["stages"],
+    }
+
+
+def _parameters(system: System) -> dict[str, int]:
+    return {name: sum(p.numel() for p in net.parameters()) for name, net in system.parts.nets.items()}
+
+
+def _lines(system: System) -> list[str]:
+    from sfumato.nets import NETS
+
+    about, counts = system.about, _parameters(system)
+    rows = [("system", about.name), ("summary", about.summary), ("license", about.license)]
+    rows += [("attribution", about.attribution), ("data", about.data), ("fingerprint", system.fingerprint)]
+    if system.size is not None:
+        rows.append(("pictures", f"{system.size[1]}x{system.size[0]} pixels"))
+    lines = [f"{name:<14}{text}" for name, text in rows if text]
+    lines.append(f"networks      {len(counts)}, {sum(counts.values()) / 1e6:.2f}M parameters")
+    for name, net in system.parts.nets.items():
+        lines.append(f"  {name:<12}{NETS.tag(net)}, {counts[name] / 1e6:.2f}M parameters")
+    for config, stage in zip(system.config.stages, system.stages, strict=True):
+        lines += [f"stage         {config.name}", *(f"  {a:<12}{b}" for a, b in _stage_rows(config, stage))]
+    return lines
+
+
+def _stage_rows(config: object, stage: object) -> list[tuple[str, str]]:
+    from sfumato.systems.config import StageConfig
+    from sfumato.systems.stage import Stage
+
+    assert isinstance(config, StageConfig)
+    assert isinstance(stage, Stage)
+    options = config.defaults
+    told = " + ".join(c.kind for c in config.conditioners) or "nothing"
+    variance = ", learned variance" if config.learned_var else ""
+    return [
+        ("network", config.net),
+        ("schedule", _short(config.schedule)),
+        ("prediction", f"{config.parameterization}{variance}"),
+        ("told", told),
+        ("codec", f"{config.codec.kind}, factor {stage.codec.factor}, sides in multiples of {stage.factor}"),
+        ("works on", "x".join(map(str, config.shape))),
+        ("sampler", f"{options.sampler}, {options.steps} steps, spacing {options.spacing}"),
+        ("guidance", _short(options.guidance)),
+    ]
+
+
+def _short(settings: object) -> str:
+    """A settings dataclass as "kind, name value" without what is unset."""
+    from sfumato.core.config import to_json
+
+    data = to_json(settings)
+    kind = str(data.pop("kind"))
+    shown = {k: v for k, v in data.items() if v not in (None, False, [], "") and k != "values"}
+    return ", ".join([kind, *(f"{k} {v}" for k, v in shown.items())])

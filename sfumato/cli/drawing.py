@@ -1,0 +1,107 @@
+"""One picture of `sfumato generate`: all that decides what it looks like, in its file too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sfumato import __version__
+from sfumato.core.config import from_json, to_json
+from sfumato.core.png import PARAMETERS, encode_png, parameters
+from sfumato.systems.options import SampleOptions
+from sfumato.systems.stage import Observer
+from sfumato.systems.system import System
+
+__all__ = ["Drawing", "drawing_of", "encoded", "record_of"]
+
+NAMES = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "dpm2": "DPM2",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "plms": "PLMS",
+    "unipc": "UniPC",
+}
+"""How other studios call our samplers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Everything but the system itself.
+
+    Attributes:
+        size: (height, width).
+        options: by stage, nothing left to defaults.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    size: tuple[int, int]
+    options: Mapping[str, SampleOptions]
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(options.steps for options in self.options.values())
+
+    def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
+        """The picture. It is made alone, for in a batch of another size it could round differently."""
+        return system.generate(
+            [self.prompt],
+            negative=self.negative,
+            seed=self.seed,
+            size=self.size,
+            options=self.options,
+            observe=observe,
+        )[0]
+
+
+def record_of(drawing: Drawing, system: System) -> dict[str, object]:
+    """JSON data from which `drawing_of` makes the drawing again, and what its reader should know."""
+    about = system.about
+    return {
+        "sfumato": __version__,
+        "system": {"name": about.name, "fingerprint": system.fingerprint},
+        "license": about.license,
+        "attribution": about.attribution,
+        **to_json(drawing),
+    }
+
+
+def drawing_of(record: Mapping[str, object], path: Path) -> Drawing:
+    """The drawing that a picture's record describes. Raises: ValueError in one line if it describes none."""
+    return from_json(Drawing, record, where=f"the record in {path} is not that of a picture to draw again")
+
+
+def encoded(image: Image.Image, drawing: Drawing, system: System) -> bytes:
+    """The PNG file of a picture, with its record and the text that other studios read."""
+    text = {PARAMETERS: _parameters(drawing, system)}
+    return encode_png(image, record=record_of(drawing, system), text=text)
+
+
+def _parameters(drawing: Drawing, system: System) -> str:
+    """Of several stages it tells the first, which settles the picture."""
+    first = next(iter(drawing.options.values()))
+    scale = getattr(first.guidance, "scale", None)
+    settings: dict[str, object] = {
+        "Steps": first.steps,
+        "Sampler": NAMES.get(first.sampler, first.sampler),
+        **({} if scale is None else {"CFG scale": f"{scale:g}"}),
+        "Seed": drawing.seed,
+        "Size": f"{drawing.size[1]}x{drawing.size[0]}",
+        "Model hash": system.fingerprint,
+        "Model": system.about.name,
+        "Version": f"sfumato {__version__}",
+    }
+    return parameters(drawing.prompt, drawing.negative, settings)

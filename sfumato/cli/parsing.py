@@ -1,0 +1,67 @@
+"""Flags from dataclasses, with errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+__all__ = ["parse", "size_of"]
+
+T = TypeVar("T")
+RULE = re.compile(r"^[\s│|]*─+[\s│|]*$")
+SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+
+
+def parse(kind: type[T], verb: str, args: Sequence[str], *, default: T | None = None) -> T:
+    """The flags of `sfumato VERB` as a dataclass `kind`, whose fields' docstrings are the help.
+
+    Args:
+        default: values of the fields that the flags leave out.
+
+    Raises: ValueError in one line for flags that do not fit; SystemExit after --help.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            start = tyro.MISSING_NONPROP if default is None else default
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+            return tyro.cli(kind, prog=f"sfumato {verb}", args=list(args), config=config, default=start)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_condensed(said.getvalue())}; see: sfumato {verb} --help") from None
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "64" or "WIDTHxHEIGHT". Raises: ValueError for any other text."""
+    if text is None:
+        return None
+    match = SIZE.fullmatch(text.lower())
+    if match is None:
+        raise ValueError(f"size {text!r} is neither a side nor WIDTHxHEIGHT; write 64, or 96x64")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def _condensed(box: str) -> str:
+    """What stands in the parser's box before its first rule and empty line, and the flag that it suggests."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        if line.startswith(("╭", "╰")):
+            continue
+        text = line.strip("│| ").strip()
+        if RULE.match(line) or not text:
+            parts.append([])
+        else:
+            parts[-1].append(text)
+    said = [part for part in parts if part]
+    first = " ".join(said[0]).rstrip(".") if said else "these flags cannot be read"
+    near = next(
+        (part[1].split()[0] for part in said[1:] if part[0].startswith("Perhaps") and len(part) > 1), None
+    )
+    return f"{first}; did you mean {near}?" if near else first

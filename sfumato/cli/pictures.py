@@ -1,0 +1,273 @@
+"""The verbs that make pictures: generate, rerun, reconstruct."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from sfumato.cli.output import check_writable, paths_for
+from sfumato.cli.parsing import parse, size_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sfumato.cli.drawing import Drawing
+    from sfumato.systems.system import System
+
+__all__ = ["generate", "reconstruct", "rerun"]
+
+DIFFERENT = 1  # exit code of a rerun that did not give the same file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Draw pictures of a prompt.
+
+    Writes PNG files that carry how they were made, and prints their paths.
+    """
+
+    prompt: Positional[str]
+    """What to draw; "" draws without a prompt."""
+    negative: str = ""
+    """What to keep away from."""
+    seed: int = 0
+    """Of the first picture; the next ones use the following numbers."""
+    n: int = 1
+    """Number of pictures."""
+    steps: int | None = None
+    """Steps of the sampler; if not given, the system's own choice, as for the next four."""
+    sampler: str | None = None
+    """euler, heun, dpmpp_2m, ddim ..."""
+    guidance: float | None = None
+    """How closely to follow the prompt; 1 = not amplified."""
+    size: str | None = None
+    """Side, or WIDTHxHEIGHT, in pixels."""
+    out: Path | None = None
+    """File that ends in .png, or folder; by default out/PROMPT-SEED.png. Files there are replaced."""
+    grid: bool = False
+    """Also write all pictures on one sheet."""
+    json: bool = False
+    """Print JSON instead of paths."""
+    system: Path | None = None
+    """Folder of the system; by default the one that comes with sfumato."""
+    device: str = "auto"
+    """cpu, cuda ...; auto takes an accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """Draw a picture again from what its file says, and compare.
+
+    Exit code 0 if the new file has the same bytes, 1 if not.
+    """
+
+    image: Positional[Path]
+    """PNG that `sfumato generate` wrote."""
+    out: Path | None = None
+    """New file; by default NAME-rerun.png beside the old one."""
+    json: bool = False
+    """Print JSON."""
+    system: Path | None = None
+    """Folder of the system; by default the one that comes with sfumato."""
+    device: str = "auto"
+    """cpu, cuda ...; auto takes an accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Send a picture through a system's codec and back: the best that the system could ever draw."""
+
+    image: Positional[Path]
+    """Picture file."""
+    size: str | None = None
+    """Side, or WIDTHxHEIGHT, that it is scaled and cropped to; by default its own."""
+    out: Path | None = None
+    """New file; by default out/NAME-reconstruction.png."""
+    json: bool = False
+    """Print JSON."""
+    system: Path | None = None
+    """Folder of the system; by default the one that comes with sfumato."""
+    device: str = "auto"
+    """cpu, cuda ...; auto takes an accelerator if there is one."""
+
+
+def generate(args: list[str]) -> int:
+    """`sfumato generate`."""
+    flags = parse(Generate, "generate", args)
+    size = size_of(flags.size)
+    if flags.n < 1:
+        raise ValueError(f"--n is {flags.n}; allowed: 1 or more pictures")
+    seeds = list(range(flags.seed, flags.seed + flags.n))
+    paths = paths_for(flags.out, flags.prompt, seeds)
+    sheet = paths[0].with_stem(f"{paths[0].stem}-grid") if flags.grid else None
+    for path in (*paths, *([sheet] if sheet else [])):
+        check_writable(path)
+    started = time.perf_counter()
+    system = _load(flags.system, flags.device)
+    drawings = _drawings(flags, system, size, seeds)
+    images = _draw_all(system, drawings, paths, show=None if flags.json else _print_path)
+    if sheet is not None:
+        _write_sheet(sheet, images)
+        if not flags.json:
+            print(sheet)
+    if flags.json:
+        from sfumato.cli.drawing import record_of
+
+        said = [{"path": str(p), **record_of(d, system)} for p, d in zip(paths, drawings, strict=True)]
+        seconds = round(time.perf_counter() - started, 3)
+        print(json.dumps({"pictures": said, "grid": sheet and str(sheet), "seconds": seconds}, indent=1))
+    return 0
+
+
+def rerun(args: list[str]) -> int:
+    """`sfumato rerun`."""
+    flags = parse(Rerun, "rerun", args)
+    out = flags.out or flags.image.with_stem(f"{flags.image.stem}-rerun")
+
+    from sfumato.cli.drawing import drawing_of, encoded
+    from sfumato.core.png import read_record, write_whole
+
+    record = read_record(flags.image)
+    drawing = drawing_of(record, flags.image)
+    check_writable(out)
+    system = _load(flags.system, flags.device)
+    _compare_systems(flags.image, record.get("system"), system)
+    with _progress(drawing.steps) as observe:
+        image = drawing.draw(system, observe)
+    old, new = flags.image.read_bytes(), encoded(image, drawing, system)
+    verdict = "same bytes" if old == new else _difference(flags.image, image)
+    write_whole(out, new)
+    if flags.json:
+        print(json.dumps({"path": str(out), "same_bytes": old == new, "verdict": verdict}))
+    else:
+        print(f"{out}\n{verdict}")
+    return 0 if old == new else DIFFERENT
+
+
+def reconstruct(args: list[str]) -> int:
+    """`sfumato reconstruct`."""
+    from sfumato.core.image import center_crop, load
+    from sfumato.core.png import save_png
+
+    flags = parse(Reconstruct, "reconstruct", args)
+    size = size_of(flags.size)
+    out = flags.out or Path("out") / f"{flags.image.stem}-reconstruction.png"
+    check_writable(out)
+    original = load(flags.image)
+    system = _load(flags.system, flags.device)
+    image = system.reconstruct(original, size=size)
+    psnr = _psnr(center_crop(original, (image.height, image.width)), image)
+    save_png(out, image)
+    if flags.json:
+        print(json.dumps({"path": str(out), "psnr_db": None if math.isinf(psnr) else round(psnr, 3)}))
+    else:
+        print(f"{out}\nPSNR {psnr:.2f} dB")
+    return 0
+
+
+def _load(path: Path | None, device: str) -> System:
+    from sfumato.api import load
+
+    return load(path, device=device)
+
+
+def _print_path(path: Path) -> None:
+    print(path, flush=True)
+
+
+def _drawings(
+    flags: Generate, system: System, size: tuple[int, int] | None, seeds: list[int]
+) -> list[Drawing]:
+    from sfumato.cli.drawing import Drawing
+
+    asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
+    options = system.resolve(**asked)
+    final = size or system.size
+    if final is None:
+        raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
+    return [
+        Drawing(prompt=flags.prompt, negative=flags.negative, seed=seed, size=final, options=options)
+        for seed in seeds
+    ]
+
+
+def _draw_all(
+    system: System, drawings: list[Drawing], paths: list[Path], show: Callable[[Path], None] | None
+) -> list[Image.Image]:
+    """Draw and write one picture after the other, so that what is done stays if the rest is interrupted."""
+    from sfumato.cli.drawing import encoded
+    from sfumato.core.png import write_whole
+
+    images = []
+    with _progress(sum(drawing.steps for drawing in drawings)) as observe:
+        for drawing, path in zip(drawings, paths, strict=True):
+            image = drawing.draw(system, observe)
+            write_whole(path, encoded(image, drawing, system))
+            images.append(image)
+            if show is not None:
+                show(path)
+    return images
+
+
+def _compare_systems(path: Path, then: object, now: System) -> None:
+    """Say so if a picture was made with another system."""
+    known = then if isinstance(then, dict) else {}
+    if known.get("fingerprint") != now.fingerprint:
+        was, here = f"{known.get('name')} {known.get('fingerprint')}", f"{now.about.name} {now.fingerprint}"
+        print(
+            f"sfumato: {path} was made with system {was} and this is {here}: expect another picture, "
+            f"or choose the right one with --system",
+            file=sys.stderr,
+        )
+
+
+def _write_sheet(path: Path, images: list[Image.Image]) -> None:
+    import torch
+
+    from sfumato.core.image import from_pil, grid
+    from sfumato.core.png import save_png
+
+    save_png(path, grid(torch.stack([from_pil(image) for image in images])))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[Any], None]]:
+    """A bar on the terminal, if there is one, that moves with every step."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("drawing", total=total)
+        yield lambda _: bar.advance(task)
+
+
+def _difference(path: Path, image: Image.Image) -> str:
+    import numpy as np
+
+    from sfumato.core.image import load
+
+    old, new = (np.asarray(picture, dtype=np.int16) for picture in (load(path), image))
+    if old.shape != new.shape:
+        return f"different: {old.shape[1]}x{old.shape[0]} before, {new.shape[1]}x{new.shape[0]} now"
+    apart = np.abs(old - new)
+    if not apart.any():
+        return "same pixels, but the files differ in what they say"
+    return f"different: {(apart > 0).mean():.2%} of the values, by at most {apart.max()} of 255"
+
+
+def _psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in dB."""
+    import numpy as np
+
+    error = np.square(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean()
+    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
