@@ -83,11 +83,13 @@ class Grid:
 
     @cached_property
     def from_pure_noise(self) -> bool:
-        """Whether the schedule reaches alpha = 0, where sigma / alpha is infinite (flow, zero terminal SNR).
+        """Whether the schedule begins at pure noise, for practical purposes: alpha < 1e-3.
 
-        A property of the schedule, not of this grid, so that a part of a walk is solved like the whole.
+        True of flow, zero terminal SNR and cosine; there sigma / alpha is infinite or falls by orders of
+        magnitude within the first step. A property of the schedule, not of this grid: a part of a walk
+        is solved like the whole.
         """
-        return float(self.schedule(torch.tensor(self.schedule.span[1], dtype=torch.float64)).alpha) <= 0
+        return float(self.schedule(torch.tensor(self.schedule.span[1], dtype=torch.float64)).alpha) < 1e-3
 
     def level_at(self, ratio: float) -> Level:
         """The schedule's level, of shape (), with this sigma / alpha: midpoints of two-stage solvers, churn.

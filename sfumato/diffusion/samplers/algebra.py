@@ -69,11 +69,11 @@ def check_order(name: str, order: int, highest: int) -> None:
 class Frame:
     """Coordinates (z, s) with z = x / scale in which the probability flow is dz/ds = slope.
 
-    "ratio": z = x / alpha, s = sigma / alpha, slope = eps; the coordinates of Karras et al. 2022 and
-    k-diffusion. "straight": z = x / (alpha + sigma), s = sigma / (alpha + sigma), slope = eps - x0; those of
-    rectified flow, finite from pure noise to none. Solvers use them on schedules that reach alpha = 0, where
-    the ratio is infinite (and where methods that are smooth in the ratio would fall to first order), else the
-    ratio.
+    "ratio": z = x / alpha, s = sigma / alpha, slope = eps; those of Karras et al. 2022 and k-diffusion.
+
+    "straight": z = x / (alpha + sigma), s = sigma / (alpha + sigma), slope = eps - x0; those of rectified
+    flow, finite from pure noise to none. Used on schedules that begin at pure noise (`Grid.from_pure_noise`),
+    where the ratio is unbounded and methods that are accurate in it fall to order 1; elsewhere the ratio is.
     """
 
     def __init__(self, grid: Grid) -> None:

@@ -89,7 +89,10 @@ def dpmpp_2m_sde(
 def dpmpp_3m_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:
     """The same with the exact integral of the parabola through the last three x0; order 3 with eta = 0.
 
-    k-diffusion's sample_dpmpp_3m_sde, except that it halves the parabola's curvature, which leaves order 2.
+    k-diffusion's sample_dpmpp_3m_sde, but for two things: that one takes half of the parabola's curvature,
+    which leaves order 2; and evaluations closer than half the step's h are not extrapolated from, which would
+    amplify their differences where a grid's steps suddenly grow (the step to index 1 of leading steps).
+
     Lu et al. 2022 (arXiv:2211.01095), multistep of order 3. Orders 1 and 2 first, order 1 to sigma = 0.
 
     Raises: ValueError if the grid ascends at i or eta is negative.
@@ -98,7 +101,8 @@ def dpmpp_3m_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: floa
     denoised = run.folded(x, i)
     if after.sigma <= 0:
         return first_order(after, denoised)
-    step, past = Transition.between(now, after, eta), look_back(run, 3)
+    step, (newest, *older) = Transition.between(now, after, eta), look_back(run, 3)
+    past = [newest, *(p for p in older if 2 * (now.log_snr - p.point.log_snr) >= step.growth)]
     nodes = [0.0, *((p.point.log_snr - now.log_snr) / step.growth for p in past[1:])]
     weights = lagrange_weights(nodes, exponential_moments(step.total, len(nodes)))
     terms = ((after.alpha * w, p.denoised.x0) for w, p in zip(weights, past, strict=True))
