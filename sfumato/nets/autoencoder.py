@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.nets.blocks import GroupNorm
+
 __all__ = ["Autoencoder", "AutoencoderConfig", "DiagonalGaussian", "Quantized", "VectorQuantizer"]
 
 
@@ -82,9 +84,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin: int, cout: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.norm1 = GroupNorm(groups, cin, eps=1e-6)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.norm2 = GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -98,7 +100,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(*layers))
             cin = width
         self.middle = _middle(cin, c)
-        self.norm_out = nn.GroupNorm(c.norm_groups, cin, eps=1e-6)
+        self.norm_out = GroupNorm(c.norm_groups, cin, eps=1e-6)
         self.conv_out = nn.Conv2d(cin, c.z_channels * (2 if c.kind == "kl" else 1), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(widths[i]))
             self.levels.append(nn.Sequential(*layers))
             cin = widths[i]
-        self.norm_out = nn.GroupNorm(c.norm_groups, cin, eps=1e-6)
+        self.norm_out = GroupNorm(c.norm_groups, cin, eps=1e-6)
         self.conv_out = nn.Conv2d(cin, c.image_channels * c.patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

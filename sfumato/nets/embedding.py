@@ -72,8 +72,8 @@ class EmbeddingConfig:
     Args:
         time_dim: number of sines and cosines of t.
         dim: width of the vector; 4 * time_dim in most published nets.
-        cos_first: order and
-        shift: frequency shift of the sinusoids, see `blocks.sinusoid`.
+        cos_first: order of the sinusoids, see `blocks.sinusoid`.
+        shift: shift of their frequencies, see `blocks.sinusoid`.
         extras: the further terms.
     """
 

@@ -220,7 +220,7 @@ class UNet(nn.Module):
             h = block(torch.cat([h, skip], dim=1), encoded.context)
         return self.conv_out(self.activation(self.norm_out(h)))
 
-    def checkpointing(self, on: bool = True) -> None:
+    def set_checkpointing(self, on: bool = True) -> None:
         """Recompute the activations of every block in the backward pass instead of keeping them."""
         for module in self.modules():
             if isinstance(module, UNetBlock):

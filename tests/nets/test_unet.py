@@ -198,7 +198,7 @@ def test_checkpointing_keeps_gradients_and_saves_memory(kind: str, frozen: bool)
     x, t, cond = inputs(size=(16, 16))
     gradients, sizes = [], []
     for on in (False, True):
-        net.checkpointing(on)
+        net.set_checkpointing(on)
         net.zero_grad()
         leaf = x.clone().requires_grad_()
         y, size = saved_bytes(net, leaf, t, cond)
