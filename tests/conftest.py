@@ -100,3 +100,13 @@ def tiny_system() -> object:
     parts = Parts({"denoiser": dit, "text": text, "autoencoder": autoencoder}, {"text": tokenizer})
     about = About(name="tiny", summary="Random weights for tests.", license="CC0-1.0", data="none")
     return assemble(SystemConfig(stages=(stage,)), parts, about=about)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_system: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny system as a checkpoint; copy it before changing anything."""
+    from sfumato.systems.system import save_system
+
+    path = tmp_path_factory.mktemp("tiny") / "system"
+    save_system(tiny_system, path)
+    return path

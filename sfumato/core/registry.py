@@ -41,6 +41,9 @@ class Registry(Mapping[str, T]):
             raise ValueError(unknown(self.kind, name, list(self._table)))
         return self._table[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)
 

@@ -40,6 +40,9 @@ class NetTable(Mapping[str, NetKind]):
         home = import_module(f"sfumato.nets.{module}")
         return NetKind(getattr(home, config), getattr(home, net))
 
+    def __contains__(self, tag: object) -> bool:
+        return tag in self._homes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
 

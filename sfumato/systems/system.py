@@ -172,6 +172,10 @@ def load_system(
 ) -> System:
     """A system from a native checkpoint folder. Raises: ValueError in one line for any fault in it."""
     folder = read_folder(path, device=device, dtype=dtype)
+    if not folder.system:
+        raise ValueError(
+            f"{path} holds {', '.join(folder.parts.nets)} alone, no system that can draw; choose another"
+        )
     config = strict_json(SystemConfig, dict(folder.system), where=f"{Path(path) / MANIFEST}: system")
     about = strict_json(About, dict(folder.about), where=f"{Path(path) / MANIFEST}: about")
     return assemble(config, folder.parts, about=about, card=folder.card, fingerprint=folder.fingerprint)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sfumato.conditioners.label import LabelCond
+from sfumato.core.types import Inputs
+
+
+def test_label_and_its_null_class():
+    cond = LabelCond(10)(Inputs(n=2, label=torch.tensor([0, 9])))
+    assert cond.label.dtype == torch.int64
+    assert cond.label.tolist() == [0, 9]
+    assert LabelCond(10).null(Inputs(n=2), cond).label.tolist() == [10, 10]
+
+
+def test_without_labels_everything_is_the_null_class():
+    assert LabelCond(10)(Inputs(n=3)).label.tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("label", [[10], [-1]])
+def test_classes_outside_the_range_are_refused(label):
+    with pytest.raises(ValueError, match=r"outside 0\.\.9"):
+        LabelCond(10)(Inputs(n=1, label=torch.tensor(label)))
+
+
+def test_one_label_per_picture():
+    with pytest.raises(ValueError, match=r"shape \(2,\); expected one integer per picture, \(3,\)"):
+        LabelCond(10)(Inputs(n=3, label=torch.tensor([1, 2])))
