@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.core.types import Conditioning
+from sfumato.nets.tags import fused, tagged
 from sfumato.nets.transformer import CrossAttention, FeedForward, SelfAttention
 
 __all__ = ["DiT", "DiTConfig", "sincos_positions"]
@@ -48,14 +49,15 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.patches = nn.Linear(c.in_channels * c.patch**2, c.width)
-        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.patches = tagged(nn.Linear(c.in_channels * c.patch**2, c.width), "edge")
+        first, second = nn.Linear(TIME_FEATURES, c.width), nn.Linear(c.width, c.width)
+        self.time = nn.Sequential(tagged(first, "edge"), nn.SiLU(), tagged(second, "edge"))
         self.label = nn.Embedding(c.num_classes + 1, c.width) if c.num_classes is not None else None
-        self.pooled = nn.Linear(c.pooled_dim, c.width) if c.pooled_dim is not None else None
+        self.pooled = tagged(nn.Linear(c.pooled_dim, c.width), "edge") if c.pooled_dim is not None else None
         self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(c.width, 2 * c.width)
-        self.out = nn.Linear(c.width, c.out_channels * c.patch**2)
+        self.modulation = tagged(nn.Linear(c.width, 2 * c.width), "edge")
+        self.out = tagged(nn.Linear(c.width, c.out_channels * c.patch**2), "edge")
         self._initialize()
 
     def prepare(self, cond: Conditioning) -> Conditioning:
@@ -122,7 +124,7 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(c.width, c.heads, qk_norm=c.qk_norm)
         self.norm2 = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
         self.mlp = FeedForward(c.width, int(c.width * c.mlp_ratio), approximate="tanh")
-        self.modulation = nn.Linear(c.width, 6 * c.width)
+        self.modulation = fused(nn.Linear(c.width, 6 * c.width), 6)
         self.cross: CrossAttention | None = None
         if c.text_dim is not None:
             self.norm_cross = nn.LayerNorm(c.width, eps=1e-6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.nets.tags import fused
+
 __all__ = ["CrossAttention", "FeedForward", "SelfAttention", "merge_heads", "split_heads"]
 
 
@@ -30,7 +32,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = fused(nn.Linear(dim, 3 * dim), 3)
         self.out = nn.Linear(dim, dim)
         self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -50,7 +52,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.kv = fused(nn.Linear(context_dim, 2 * dim), 2)
         self.out = nn.Linear(dim, dim)
         self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()

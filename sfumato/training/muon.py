@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Muon", "orthogonalize"]
 
 # Quintic whose iteration drives singular values in (0, 1] to about [0.7, 1.2] in five steps (Jordan et al.
 # 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
+STEPS = 5
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly, by Newton-Schulz iteration in the dtype of the argument.
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly, by five Newton-Schulz steps in the dtype of the argument.
 
     Args:
-        matrix: (rows, columns); it is kept in its own dtype because half precision is hundreds of times
+        matrix: (..., rows, columns); kept in its own dtype because half precision is hundreds of times
             slower than float32 on a CPU without instructions for it.
 
     Returns: the same shape, singular values in about [0.7, 1.2].
@@ -26,39 +27,41 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
     a, b, c = QUINTIC
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay.
 
-    The update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the root-mean-square size of an
-    AdamW update (Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning rate serves both. Weights
-    of more than two axes are matrices of their first axis by all others.
+    The update is scaled by sqrt(max(1, rows / columns)), so that its effect on the size of activations does
+    not depend on the shape. Weights of more than two axes are matrices of their first axis by all others.
+
+    Args:
+        params: parameter -> how many matrices of equal size lie upon each other in it; each is
+            orthogonalised by itself.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Mapping[nn.Parameter, int],
         lr: float,
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        steps: int = 5,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
-        )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim < 2:
-                    raise ValueError(f"Muon is for matrices, not for a parameter of shape {tuple(p.shape)}")
+        for p, parts in params.items():
+            if p.ndim < 2 or p.shape[0] % parts:
+                raise ValueError(
+                    f"Muon is for matrices; a parameter of shape {tuple(p.shape)} is not {parts}"
+                )
+        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._parts = dict(params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -70,12 +73,13 @@ class Muon(torch.optim.Optimizer):
                     self._update(p, p.grad, group)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, float]) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, group: dict[str, float]) -> None:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
         average = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        direction = grad.lerp(average, group["momentum"]).flatten(1)
-        update = orthogonalize(direction, int(group["steps"])).view_as(p)
+        direction = grad.lerp(average, group["momentum"])
+        parts = direction.reshape(self._parts[p], -1, direction[0].numel())  # (parts, rows, columns)
+        scale = max(1.0, parts.shape[1] / parts.shape[2]) ** 0.5
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
+        p.add_(orthogonalize(parts).reshape(p.shape), alpha=-group["lr"] * scale)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.core.registry import Registry
+from sfumato.nets.tags import Role, parts_of, role_of_layer
 from sfumato.training.muon import Muon
 
-__all__ = ["LR_SCHEDULES", "OptimConfig", "PhaseOptimizer", "Role", "lr_factor", "role_of", "roles"]
+__all__ = ["LR_SCHEDULES", "OptimConfig", "PhaseOptimizer", "Trained", "lr_factor", "roles"]
 
-Role = Literal["matrix", "edge", "embedding", "vector"]
 LrSchedule = Callable[["OptimConfig", float], float]
 LR_SCHEDULES: Registry[LrSchedule] = Registry("learning-rate schedule")
 MIN_SIDE = (
@@ -28,8 +28,10 @@ class OptimConfig:
     """How one phase is optimised.
 
     Attributes:
-        kind: "muon" uses Muon for hidden matrices and AdamW for all else, at one learning rate.
-        lr: peak learning rate.
+        kind: "muon" uses Muon for hidden matrices and AdamW for all else.
+        lr: peak learning rate of AdamW.
+        muon_lr, momentum: peak learning rate and momentum of Muon.
+        weight_decay: of matrices and edges, see `nets.tags`; nothing else decays.
         lr_schedule: "constant", "cosine", or "wsd" (warm-up, stable, linear decay).
         warmup: images over which the learning rate rises linearly.
         final: learning rate at the end of the run, as a share of the peak.
@@ -42,6 +44,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    muon_lr: float = 0.01
     momentum: float = 0.95
     lr_schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup: int = 0
@@ -50,8 +53,8 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if self.lr <= 0 or self.muon_lr <= 0:
+            raise ValueError(f"lr is {self.lr} and muon_lr {self.muon_lr}; both must be positive")
         if self.warmup < 0 or not 0 < self.decay <= 1 or not 0 <= self.final <= 1:
             raise ValueError(
                 f"warmup {self.warmup}, decay {self.decay}, final {self.final}: warmup must be 0 images "
@@ -88,33 +91,41 @@ def lr_factor(config: OptimConfig, before: int, after: int, total: int) -> float
     return rise * LR_SCHEDULES[config.lr_schedule](config, min(1.0, before / total))
 
 
-def role_of(module: nn.Module, parameter: Tensor) -> Role:
-    """What a parameter that `module` owns is to the optimizer.
+class Trained(NamedTuple):
+    """What the optimizer knows of a parameter.
 
-    A net can decide for a layer by setting `layer.optimizer_role`. Otherwise weights of linear and
-    convolutional layers are matrices, or edges if they have fewer than 32 channels on one side; other
-    parameters of two or more axes are tables of vectors ("embedding"); the rest are biases and gains
-    ("vector").
+    Attributes:
+        role: see `nets.tags`.
+        parts: matrices of equal size that lie upon each other in it.
     """
-    tag: Role | None = getattr(module, "optimizer_role", None)
-    if parameter.ndim < 2:
-        return "vector"
-    if tag is not None:
-        return tag
-    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        return "matrix" if min(parameter.shape[:2]) >= MIN_SIDE else "edge"
-    return "embedding"
+
+    role: Role
+    parts: int
 
 
-def roles(modules: Iterable[nn.Module]) -> dict[nn.Parameter, Role]:
-    """Role of every parameter that requires a gradient, each once, in the modules' own order."""
-    table: dict[nn.Parameter, Role] = {}
+def roles(modules: Iterable[nn.Module]) -> dict[nn.Parameter, Trained]:
+    """Every parameter that requires a gradient, each once, in the modules' own order.
+
+    Without a tag, weights of linear and convolutional layers are matrices, or edges if they have fewer than
+    32 channels on one side; other parameters of two or more axes are embeddings; the rest are vectors.
+    """
+    table: dict[nn.Parameter, Trained] = {}
     for root in modules:
         for module in root.modules():
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
-                    table.setdefault(parameter, role_of(module, parameter))
+                    table.setdefault(parameter, Trained(_role(module, parameter), parts_of(module)))
     return table
+
+
+def _role(module: nn.Module, parameter: Tensor) -> Role:
+    if parameter.ndim < 2:
+        return "vector"
+    if (tag := role_of_layer(module)) is not None:
+        return tag
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return "matrix" if min(parameter.shape[:2]) >= MIN_SIDE else "edge"
+    return "embedding"
 
 
 class PhaseOptimizer:
@@ -133,26 +144,16 @@ class PhaseOptimizer:
         if not table:
             raise ValueError("a phase of the task has no parameter to train")
         self.parameters = list(table)
-        by_muon = [p for p, role in table.items() if role == "matrix" and config.kind == "muon"]
-        taken = set(by_muon)
-        rest = [(p, role) for p, role in table.items() if p not in taken]
-        decayed = [p for p, role in rest if role in ("matrix", "edge")]
-        plain = [p for p, role in rest if role not in ("matrix", "edge")]
-        groups = [
-            {"params": ps, "weight_decay": d}
-            for ps, d in ((decayed, config.weight_decay), (plain, 0.0))
-            if ps
-        ]
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if groups:
+        muon = config.kind == "muon"
+        hidden = {p: t.parts for p, t in table.items() if muon and t.role == "matrix"}
+        rest = [(p, t.role in ("matrix", "edge")) for p, t in table.items() if p not in hidden]
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if rest:
+            self._optimizers.append((_adamw(rest, config), config.lr))
+        if hidden:
+            decay = config.weight_decay
             self._optimizers.append(
-                torch.optim.AdamW(
-                    groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fusable(rest)
-                )
-            )
-        if by_muon:
-            self._optimizers.append(
-                Muon(by_muon, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+                (Muon(hidden, config.muon_lr, momentum=config.momentum, weight_decay=decay), config.muon_lr)
             )
 
     def backward(self, loss: Tensor) -> None:
@@ -165,26 +166,31 @@ class PhaseOptimizer:
 
     def step(self, before: int, after: int, total: int) -> float:
         """Update, clear the gradients and return the learning rate used; arguments as of `lr_factor`."""
-        lr = self.config.lr * lr_factor(self.config, before, after, total)
-        for optimizer in self._optimizers:
+        factor = lr_factor(self.config, before, after, total)
+        for optimizer, peak in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return lr
+        return self.config.lr * factor
 
     def state_dict(self) -> list[dict[str, Any]]:
         """State of each optimizer, for an exact resume."""
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+        return [optimizer.state_dict() for optimizer, _ in self._optimizers]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Inverse of `state_dict`."""
-        for optimizer, one in zip(self._optimizers, state, strict=True):
+        for (optimizer, _), one in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(one)
 
 
-def _fusable(parameters: list[tuple[nn.Parameter, Role]]) -> bool:
-    """Whether torch has a fused AdamW for these parameters' devices."""
-    return all(
-        p.device.type in ("cpu", "cuda", "mps", "xpu") and p.is_floating_point() for p, _ in parameters
-    )
+def _adamw(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over (parameter, whether it decays), fused where torch has it for their devices."""
+    decays = {True: config.weight_decay, False: 0.0}
+    groups = [
+        {"params": [p for p, decayed in parameters if decayed is wanted], "weight_decay": decay}
+        for wanted, decay in decays.items()
+    ]
+    fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p, _ in parameters)
+    held = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(held, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

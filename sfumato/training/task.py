@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from sfumato.core.random import Noise
 from sfumato.training.batches import Batch
 from sfumato.training.optim import OptimConfig
 
-__all__ = ["Loss", "Metrics", "Moment", "Phase", "Task"]
+__all__ = ["Loss", "Memory", "Metrics", "Moment", "Phase", "Task"]
 
 Metrics = Mapping[str, Tensor]
 
@@ -49,6 +49,14 @@ class Phase:
     optim: OptimConfig | None = None
 
 
+class Memory(Protocol):
+    """Something without parameters that an exact resume must restore."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Task(Protocol):
     """A loss and what it trains.
 
@@ -56,11 +64,20 @@ class Task(Protocol):
         modules: everything that is trained or carries state; frozen nets stay outside.
         phases: by name, in the order in which `losses` yields them.
         averaged: the modules of which the run keeps a moving average.
+        memories: by name, what else the losses depend on from batch to batch.
     """
 
-    modules: Mapping[str, nn.Module]
-    phases: Mapping[str, Phase]
-    averaged: tuple[str, ...]
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def phases(self) -> Mapping[str, Phase]: ...
+
+    @property
+    def averaged(self) -> tuple[str, ...]: ...
+
+    @property
+    def memories(self) -> Mapping[str, Memory]: ...
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """Yield the loss of each phase that is active at `moment`, at most once per phase.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.core.random import Noise
 from sfumato.training.batches import Batch
@@ -18,7 +18,7 @@ from sfumato.training.optim import OptimConfig, PhaseOptimizer
 from sfumato.training.state import Checkpoints
 from sfumato.training.task import Loss, Moment, Task
 
-__all__ = ["Trainer", "TrainerConfig", "device_of"]
+__all__ = ["Trainer", "TrainerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +54,6 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def device_of(name: str) -> torch.device:
-    """The device named, or for "auto" the accelerator that torch sees, else the CPU.
-
-    Raises: ValueError if the name is no device or the device is not there.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu or auto"
-        ) from None
-    return device
-
-
 class Trainer:
     """Runs a task over batches until enough images were seen, from the newest checkpoint if there is one.
 
@@ -86,6 +69,7 @@ class Trainer:
         log: see RunLog.
         checkpoints: see Checkpoints.
         preview: called with the images seen every `preview_every` images and at the end.
+        publish: called with the averaged modules after every checkpoint.
     """
 
     def __init__(
@@ -97,7 +81,8 @@ class Trainer:
         optim: OptimConfig,
         log: RunLog,
         checkpoints: Checkpoints,
-        preview: Callable[[int], None] | None = None,
+        preview: Callable[[int], object] | None = None,
+        publish: Callable[[Mapping[str, nn.Module]], None] | None = None,
     ) -> None:
         self.task = task
         self.batches = batches
@@ -105,6 +90,7 @@ class Trainer:
         self.log = log
         self.checkpoints = checkpoints
         self.preview = preview
+        self.publish = publish
         self.images = 0
         self.steps = 0
         self.average = Average({name: task.modules[name] for name in task.averaged}, config.ema)
@@ -144,8 +130,10 @@ class Trainer:
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
 
     def save(self) -> None:
-        """Write a checkpoint of the present state."""
+        """Write a checkpoint of the present state, and publish the averages."""
         self.checkpoints.save(self.state_dict(), self.images)
+        if self.publish is not None:
+            self.publish(self.average.modules)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, besides the recipe and the data."""
@@ -155,6 +143,7 @@ class Trainer:
             "seconds": self.log.pause(),
             "modules": {name: module.state_dict() for name, module in self.task.modules.items()},
             "average": self.average.state_dict(),
+            "memories": {name: memory.state_dict() for name, memory in self.task.memories.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
 
@@ -164,6 +153,8 @@ class Trainer:
         for name, module in self.task.modules.items():
             module.load_state_dict(state["modules"][name])
         self.average.load_state_dict(state["average"])
+        for name, memory in self.task.memories.items():
+            memory.load_state_dict(state["memories"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 

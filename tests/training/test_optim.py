@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from sfumato.nets.dit import DiT, DiTConfig
+from sfumato.nets.tags import fused, tagged
 from sfumato.training.muon import Muon, orthogonalize
 from sfumato.training.optim import OptimConfig, PhaseOptimizer, lr_factor, roles
 
@@ -16,8 +18,7 @@ class Toy(nn.Module):
         self.table = nn.Embedding(40, 48)
         self.conv_in = nn.Conv2d(4, 48, 3)
         self.hidden = nn.Linear(48, 64)
-        self.tagged = nn.Linear(64, 64)
-        self.tagged.optimizer_role = "edge"
+        self.tagged = tagged(nn.Linear(64, 64), "edge")
         self.norm = nn.LayerNorm(64)
         self.frozen = nn.Linear(64, 64).requires_grad_(False)
         self.positions = nn.Parameter(torch.zeros(40, 48))
@@ -30,19 +31,30 @@ class Toy(nn.Module):
 def test_roles_come_from_layers_shapes_and_tags():
     toy = Toy()
     table = roles([toy])
-    assert table[toy.hidden.weight] == "matrix"
-    assert table[toy.conv_in.weight] == "edge"
-    assert table[toy.tagged.weight] == "edge"
-    assert table[toy.table.weight] == table[toy.positions] == "embedding"
-    assert table[toy.hidden.bias] == table[toy.norm.weight] == "vector"
+    assert table[toy.hidden.weight] == ("matrix", 1)
+    assert table[toy.conv_in.weight] == ("edge", 1)
+    assert table[toy.tagged.weight] == ("edge", 1)
+    assert table[toy.table.weight] == table[toy.positions] == ("embedding", 1)
+    assert table[toy.hidden.bias].role == table[toy.norm.weight].role == "vector"
     assert toy.frozen.weight not in table
+
+
+def test_tags_of_the_transformers_reach_the_optimizer():
+    dit = DiT(DiTConfig(width=64, depth=1, heads=2, text_dim=32))
+    table = roles([dit])
+    assert table[dit.blocks[0].attention.qkv.weight] == ("matrix", 3)
+    assert table[dit.blocks[0].cross.kv.weight] == ("matrix", 2)
+    assert table[dit.blocks[0].modulation.weight] == ("matrix", 6)
+    assert table[dit.blocks[0].mlp.up.weight] == ("matrix", 1)
+    edges = {name for name, p in dit.named_parameters() if table[p].role == "edge"}
+    assert edges == {f"{name}.weight" for name in ("patches", "time.0", "time.2", "modulation", "out")}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_trainable_parameter_is_in_exactly_one_group(kind):
     toy = Toy()
     optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind))
-    held = [id(p) for o in optimizer._optimizers for g in o.param_groups for p in g["params"]]
+    held = [id(p) for o, _ in optimizer._optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
 
 
@@ -50,7 +62,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(kind):
 def test_weight_decay_shrinks_matrices_and_nothing_else(kind):
     toy = Toy()
     before = {name: p.detach().clone() for name, p in toy.named_parameters()}
-    optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind, lr=0.1, weight_decay=0.5))
+    optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind, lr=0.1, muon_lr=0.1, weight_decay=0.5))
     for p in toy.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step(0, 1, 10**9)
@@ -63,10 +75,10 @@ def test_muon_moves_hidden_matrices_orthogonally_and_adamw_the_rest():
     torch.manual_seed(0)
     toy = Toy()
     before = toy.hidden.weight.detach().clone()
-    optimizer = PhaseOptimizer([toy], OptimConfig(kind="muon", lr=0.01, clip=0.0))
+    optimizer = PhaseOptimizer([toy], OptimConfig(kind="muon", muon_lr=0.01, clip=0.0))
     optimizer.backward(toy())
     optimizer.step(0, 1, 10**9)
-    moved = (toy.hidden.weight.detach() - before) / (0.01 * 0.2 * 8)  # 0.2 sqrt(max(64, 48))
+    moved = (toy.hidden.weight.detach() - before) / (0.01 * (64 / 48) ** 0.5)
     values = torch.linalg.svdvals(moved)
     # The gradient has low rank, so only singular values away from zero reach the band of the quintic.
     assert values.max() < 1.3
@@ -91,9 +103,22 @@ def test_orthogonalize_reaches_the_band_of_its_quintic_in_the_dtype_it_was_given
     assert off_diagonal.abs().max() < 1e-3  # float32 rounding through five steps
 
 
+def test_fused_matrices_are_orthogonalised_one_by_one():
+    torch.manual_seed(0)
+    layer = fused(nn.Linear(40, 120, bias=False), 3)
+    layer.weight.grad = torch.randn(120, 40) * torch.tensor([1.0, 1e-3, 1e3]).repeat_interleave(40)[:, None]
+    before = layer.weight.detach().clone()
+    optimizer = PhaseOptimizer([layer], OptimConfig(kind="muon", muon_lr=1.0, clip=0.0))
+    optimizer.step(0, 1, 10**9)
+    moved = before - layer.weight.detach()
+    for part in moved.chunk(3):
+        values = torch.linalg.svdvals(part)
+        assert 0.6 < values.median() < values.max() < 1.3  # each whole, whatever the size of the others
+
+
 def test_muon_refuses_vectors():
     with pytest.raises(ValueError, match=r"matrices.*\(3,\)"):
-        Muon([nn.Parameter(torch.zeros(3))], 0.1)
+        Muon({nn.Parameter(torch.zeros(3)): 1}, 0.1)
 
 
 def test_muon_never_computes_in_bfloat16(monkeypatch):
@@ -102,7 +127,7 @@ def test_muon_never_computes_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(a.dtype) or product(a, b))
     p = nn.Parameter(torch.randn(40, 40))
     p.grad = torch.randn(40, 40)
-    Muon([p], 0.1).step()
+    Muon({p: 1}, 0.1).step()
     assert seen
     assert set(seen) == {torch.float32}
 
@@ -147,7 +172,9 @@ def test_backward_leaves_other_modules_without_gradients():
     assert second.weight.grad is None
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"warmup": -1}, {"decay": 0.0}, {"final": 2.0}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0.0}, {"muon_lr": -1.0}, {"warmup": -1}, {"decay": 0.0}, {"final": 2.0}]
+)
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):
         OptimConfig(**bad)

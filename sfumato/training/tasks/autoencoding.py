@@ -17,7 +17,7 @@ from sfumato.nets.discriminator import Discriminator, DiscriminatorConfig
 from sfumato.nets.perceptual import PerceptualNet
 from sfumato.training.batches import Batch
 from sfumato.training.optim import OptimConfig
-from sfumato.training.task import Loss, Moment, Phase
+from sfumato.training.task import Loss, Memory, Moment, Phase
 
 __all__ = ["Autoencoding", "AutoencodingConfig", "adaptive_weight", "hinge"]
 
@@ -114,6 +114,7 @@ class Autoencoding:
         self.modules: dict[str, nn.Module] = {"autoencoder": self.net}
         self.phases = {"generator": Phase(("autoencoder",))}
         self.averaged = ("autoencoder",)
+        self.memories: dict[str, Memory] = {}
         self.critic: Discriminator | None = None
         if config.adversarial > 0:
             self.critic = Discriminator(config.discriminator)
@@ -122,7 +123,7 @@ class Autoencoding:
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task; images (B, 3, H, W) in [-1, 1]."""
-        image = batch.images
+        image = batch.pictures
         decoded = self._decode(image, noise)
         yield self._generator(image, decoded, moment)
         if self.critic is not None and moment.reached(self.config.discriminator_start):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.core.random import Noise
 from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet
 from sfumato.training.batches import Batch
-from sfumato.training.task import Loss, Moment, Phase
+from sfumato.training.task import Loss, Memory, Moment, Phase
 
 __all__ = ["CaptionWords", "CaptionWordsConfig"]
 
@@ -50,10 +50,11 @@ class CaptionWords:
         self.modules: dict[str, nn.Module] = {"trunk": self.net.trunk, "head": self.head}
         self.phases = {"classifier": Phase(("trunk", "head"))}
         self.averaged = ("trunk",)
+        self.memories: dict[str, Memory] = {}
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """Binary cross-entropy summed over words, averaged over the batch."""
-        features = torch.cat([tap.mean((2, 3)) for tap in self.net.trunk(batch.images)], dim=1)
+        features = torch.cat([tap.mean((2, 3)) for tap in self.net.trunk(batch.pictures)], dim=1)
         logits = self.head(features)
         wanted = self.targets(batch.text).to(logits)
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()

@@ -1,0 +1,45 @@
+"""Jobs of the nets that come before a denoiser: the perceptual net and the autoencoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from sfumato.checkpoints.native import Folder, Parts
+from sfumato.core.config import to_json
+from sfumato.nets.perceptual import PerceptualNet
+from sfumato.training.jobs.job import Job, Place, examples, picture_batches, settle, trained
+from sfumato.training.recipe import Recipe
+from sfumato.training.tasks.autoencoding import Autoencoding, AutoencodingConfig
+from sfumato.training.tasks.perceptual import CaptionWords, CaptionWordsConfig, vocabulary
+
+__all__ = ["autoencoding", "caption_words"]
+
+
+def autoencoding(recipe: Recipe, config: AutoencodingConfig, place: Place) -> Job:
+    """Publishes the autoencoder. Raises: ValueError if the perceptual net is not there."""
+    perceptual = None
+    if config.perceptual_net is not None:
+        perceptual = trained(config.perceptual_net, PerceptualNet, "openmoji-perceptual", place.device)
+    task = Autoencoding(config, perceptual, examples(place))
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        return Folder(Parts({"autoencoder": averaged["autoencoder"]}), {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)
+
+
+def caption_words(recipe: Recipe, config: CaptionWordsConfig, place: Place) -> Job:
+    """Publishes the perceptual net. Raises: ValueError if the captions have no words."""
+    task = CaptionWords(config, vocabulary(tuple(place.pictures.texts)), examples(place))
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        net = copy.deepcopy(task.net)
+        net.trunk.load_state_dict(averaged["trunk"].state_dict())
+        return Folder(Parts({"perceptual": net}), {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)

@@ -1,0 +1,85 @@
+"""Recipe: everything that decides how a run goes, as one tree of frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from sfumato.core.config import to_json
+from sfumato.systems.config import About
+from sfumato.training.batches import DataConfig
+from sfumato.training.optim import OptimConfig
+from sfumato.training.tasks.autoencoding import AutoencodingConfig
+from sfumato.training.tasks.denoising import DenoisingConfig
+from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.trainer import TrainerConfig
+
+__all__ = ["Recipe", "TaskConfig", "differences"]
+
+TaskConfig = Annotated[AutoencodingConfig | CaptionWordsConfig | DenoisingConfig, Field(discriminator="kind")]
+
+# What may change when a run is continued: it decides where and how long, not what is computed.
+FREE = frozenset(
+    {
+        "out",
+        "data.path",
+        "trainer.images",
+        "trainer.log_every",
+        "trainer.preview_every",
+        "trainer.save_every",
+        "trainer.keep",
+        "trainer.device",
+        "trainer.quiet",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run: `sfumato train NAME --a.b value` overrides any field of any part.
+
+    Attributes:
+        name: of the recipe; the run folder is runs/NAME unless `out` says otherwise.
+        optim: of the phases of the task that bring none of their own.
+        about: goes into what the run produces; an ATTRIBUTION.txt beside the data is added to it.
+        out: run folder: recipe.json, log.jsonl, previews/, checkpoints/ and system/, the result.
+    """
+
+    name: str
+    task: TaskConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    about: About = field(default_factory=About)
+    out: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out if self.out is not None else Path("runs") / self.name
+
+
+def differences(old: Mapping[str, object], new: Recipe) -> list[str]:
+    """What a continued run would compute differently from the recipe that it was begun with.
+
+    Args:
+        old: the earlier recipe as JSON data.
+
+    Returns: "a.b: old -> new", sorted; empty if the run may go on.
+    """
+    before, after = _flat(old), _flat(to_json(new))
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k not in FREE]
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
