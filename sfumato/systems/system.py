@@ -67,10 +67,7 @@ class System:
 
         Raises: ValueError in one line for inputs or options that do not fit the system.
         """
-        names = [stage.name for stage in self.stages]
-        for name in (*(options or {}), *(only or ())):
-            if name not in names:
-                raise ValueError(unknown("stage", name, names))
+        self._check_names(*(options or {}), *(only or ()))
         seeds = seeds_for(seed, inputs.n) if isinstance(seed, int) else list(seed)
         if len(seeds) != inputs.n or inputs.n < 1:
             raise ValueError(
@@ -125,6 +122,7 @@ class System:
     def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:
         """The options of every stage that a request would run, with nothing left to defaults."""
         given, only = request.get("options", {}), request.get("only")
+        self._check_names(*given, *(only or ()))
         stages = [s for s in self.stages if only is None or s.name in only]
         return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
 
@@ -151,6 +149,12 @@ class System:
             decoded = stage.codec.decode(stage.codec.encode(x.to(stage.device)))
         return to_pil(to_uint8(decoded[0].float().cpu()))
 
+    def _check_names(self, *names: str) -> None:
+        known = [stage.name for stage in self.stages]
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown("stage", name, known))
+
     def _stage_size(self, stage: Stage, size: tuple[int, int] | None) -> tuple[int, int] | None:
         """The size of this stage's picture when the system's is `size`, scaled as the defaults are."""
         if size is None or stage.pixels is None or self.size is None:
@@ -174,7 +178,7 @@ def load_system(
     folder = read_folder(path, device=device, dtype=dtype)
     if not folder.system:
         raise ValueError(
-            f"{path} holds {', '.join(folder.parts.nets)} alone, no system that can draw; choose another"
+            f"{path} holds {', '.join(folder.parts.nets)} but no stages, so it cannot draw; choose another"
         )
     config = strict_json(SystemConfig, dict(folder.system), where=f"{Path(path) / MANIFEST}: system")
     about = strict_json(About, dict(folder.about), where=f"{Path(path) / MANIFEST}: about")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sfumato.core.random import Noise
+from sfumato.core.types import Inputs
+from sfumato.diffusion.schedules import VE, Flow
+from sfumato.diffusion.spacings import karras, linspace
+from sfumato.systems.codec import Pixels
+from sfumato.systems.start import Continue, FromImage, FromNoise, Place, fitted
+
+
+def place(schedule=None, steps=10, like=(1, 3, 8, 8)):
+    schedule = schedule or Flow()
+    spacing = karras if isinstance(schedule, VE) else linspace
+    return Place(torch.zeros(like), spacing(schedule, steps), Pixels(), Noise([7]))
+
+
+def test_noise_of_the_seeds():
+    x = FromNoise().begin(Inputs(), place()).x
+    assert torch.equal(x, Noise([7])(x))
+    warm = FromNoise(temperature=0.5).begin(Inputs(), place()).x
+    torch.testing.assert_close(warm, 0.5 * x)
+
+
+def test_noise_on_the_scale_of_the_first_level():
+    x = FromNoise(scale="sigma").begin(Inputs(), place(VE(sigma_max=80.0))).x
+    torch.testing.assert_close(x, 80 * Noise([7])(x))
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 10), (0.5, 5), (0.25, 2), (0.1, 1)])
+def test_image_is_noised_to_the_strength(strength, steps):
+    image = torch.full((1, 3, 8, 8), 0.5)
+    beginning = FromImage().begin(Inputs(image=image, strength=strength), place())
+    assert len(beginning.grid) == steps
+    assert beginning.project is None
+    level = beginning.grid.points[0]
+    expected = level.alpha * image + level.sigma * Noise([7])(image)
+    torch.testing.assert_close(beginning.x, expected)
+
+
+def test_image_is_fitted_to_the_sample():
+    beginning = FromImage().begin(Inputs(image=torch.zeros(1, 3, 20, 12), strength=0.5), place())
+    assert beginning.x.shape == (1, 3, 8, 8)
+    assert fitted(beginning.x, (8, 8)) is beginning.x
+
+
+def test_mask_puts_back_what_is_known():
+    image, mask = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    beginning = FromImage().begin(Inputs(image=image, mask=mask), place())
+    last = len(beginning.grid)
+    x = beginning.project(torch.zeros(1, 3, 8, 8), last)
+    assert x[..., :4].eq(0).all()
+    assert x[..., 4:].eq(0.5).all()
+    assert beginning.project(torch.zeros(1, 3, 8, 8), 2)[..., 4:].std() > 0.1  # noise of that level
+
+
+def test_repaint_walks_back_and_forth():
+    inputs = Inputs(image=torch.zeros(1, 3, 8, 8), mask=torch.ones(1, 1, 8, 8))
+    plain = FromImage().begin(inputs, place()).grid
+    jumping = FromImage(jump_length=2, resamples=3).begin(inputs, place()).grid
+    assert not plain.jumps
+    assert jumping.jumps
+    assert len(jumping) > len(plain)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
+def test_strength_outside_its_range(strength):
+    with pytest.raises(ValueError, match=r"strength .* is outside \(0, 1\]"):
+        FromImage().begin(Inputs(image=torch.zeros(1, 3, 8, 8), strength=strength), place())
+
+
+def test_a_start_needs_its_input():
+    with pytest.raises(ValueError, match="give an image, or start from noise"):
+        FromImage().begin(Inputs(), place())
+    with pytest.raises(ValueError, match="there is no latent"):
+        Continue().begin(Inputs(), place())
+    with pytest.raises(ValueError, match=r"has shape \(1, 3, 4, 4\), this stage works on \(1, 3, 8, 8\)"):
+        Continue().begin(Inputs(latent=torch.zeros(1, 3, 4, 4)), place())
+
+
+def test_continue_goes_on_with_the_latent():
+    latent = torch.randn(1, 3, 8, 8)
+    assert torch.equal(Continue().begin(Inputs(latent=latent), place()).x, latent)
