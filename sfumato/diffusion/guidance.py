@@ -226,7 +226,7 @@ def _inside(interval: Interval, level: Level) -> Tensor:
 
 
 def _where(inside: Tensor, scale: float, x_t: Tensor) -> Tensor | float:
-    """The scale where inside, else 1; if all rows are inside a plain number, which no device has to wait for."""
+    """The scale where inside, else 1; a plain number if all rows are inside (no copy to a device)."""
     return scale if inside.all() else expand(_column(inside, scale), x_t)
 
 

@@ -33,8 +33,8 @@ def means(mean, step, denoiser, x, level, clip):
     if mean != "PREVIOUS_X":
         x0 = bound(x, level).x0
         return x0, step.posterior(x0, x).mean
-    # A network that predicts the posterior mean itself is not one of our parameterizations: no published system
-    # has one, and it would depend on two levels. Its x0 follows from the posterior's own coefficients.
+    # A network that predicts the posterior mean itself is not one of our parameterizations: no published
+    # system has one, and it would depend on two levels. Its x0 follows from the posterior's own coefficients.
     previous = denoiser.raw(x, level, Conditioning()).prediction
     x0 = (previous - expand(step.on_x, x) * x) / expand(step.on_x0, x)
     return (x0.clamp(-1, 1) if clip else x0), previous

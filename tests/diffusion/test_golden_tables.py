@@ -20,8 +20,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 OPENAI = load_file(GOLDEN / "diffusion_math" / "tables.safetensors")
 DIT = load_file(GOLDEN / "dit_diffusion_tables" / "outputs.safetensors")
 NAMES = {"squaredcos_cap_v2": "cosine"}
-# The references multiply up alphas_cumprod and we go through alpha and sigma: float64 rounding, amplified by the
-# cancellation in the last betas of the cosine schedule.
+# The references multiply up alphas_cumprod and we go through alpha and sigma: float64 rounding, amplified by
+# the cancellation in the last betas of the cosine schedule.
 RTOL = 5e-9
 
 

@@ -56,7 +56,7 @@ class Walk:
         fn = constrained(plain, threshold=Static() if clip == "clip1" else None)
         grads = RECORDED.get(f"{name}|grad")
         denoise = fn if grads is None else score_guided(fn, lambda *_: grads[self.i])
-        self.run = Run(denoise, self.grid, lambda like: RECORDED["in|noise"][self.i].to(like))
+        self.run = Run(denoise, self.grid, lambda _: RECORDED["in|noise"][self.i])
 
     def take(self, x: torch.Tensor, i: int) -> torch.Tensor:
         self.i, self.before = i, x
