@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.core.types import Conditioning
+from sfumato.nets.blocks import sinusoid
 from sfumato.nets.tags import fused, tagged
 from sfumato.nets.transformer import CrossAttention, FeedForward, SelfAttention
 
@@ -20,7 +21,9 @@ class DiTConfig:
     """Shape of a DiT with adaLN-Zero blocks; the defaults are DiT-S/2 without labels.
 
     `num_classes` adds a label table with one more row, the null class. `text_dim` adds cross-attention to
-    `cond.tokens` in every block, `pooled_dim` adds `cond.pooled` to the modulation.
+    `cond.tokens` in every block, `pooled_dim` adds `cond.pooled` to the modulation. `shared_modulation`
+    computes the modulation once for all blocks, each of which adds a learned vector to it: a third fewer
+    parameters (Chen et al. 2023, arXiv:2310.00426, section 2.3).
     """
 
     in_channels: int = 4
@@ -34,6 +37,7 @@ class DiTConfig:
     text_dim: int | None = None
     pooled_dim: int | None = None
     qk_norm: bool = False
+    shared_modulation: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
@@ -56,6 +60,7 @@ class DiT(nn.Module):
         self.pooled = tagged(nn.Linear(c.pooled_dim, c.width), "edge") if c.pooled_dim is not None else None
         self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
+        self.shared = fused(nn.Linear(c.width, 6 * c.width), 6) if c.shared_modulation else None
         self.modulation = tagged(nn.Linear(c.width, 2 * c.width), "edge")
         self.out = tagged(nn.Linear(c.width, c.out_channels * c.patch**2), "edge")
         self._initialize()
@@ -81,14 +86,15 @@ class DiT(nn.Module):
         h = self.patches(patchify(x, c.patch)) + sincos_positions(*grid, c.width).to(x)  # (B, N, D)
         signal = F.silu(self._signal(t, cond, h.dtype))
         kv = None if c.text_dim is None else (cond.kv or self.prepare(cond).kv)
+        to_blocks = signal if self.shared is None else self.shared(signal)
         for i, block in enumerate(self.blocks):
-            h = block(h, signal, None if kv is None else kv[i], cond.mask)
+            h = block(h, to_blocks, None if kv is None else kv[i], cond.mask)
         shift, scale = self.modulation(signal)[:, None].chunk(2, dim=-1)
         return unpatchify(self.out(modulate(self.norm(h), shift, scale)), grid, c.patch)
 
     def _signal(self, t: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         """What modulates the blocks: time, label and pooled text, (B, D)."""
-        signal = self.time(time_features(t, TIME_FEATURES).to(dtype))
+        signal = self.time(sinusoid(t, TIME_FEATURES).to(dtype))
         if self.label is not None:
             signal = signal + self.label(_need(cond.label, "label"))
         if self.pooled is not None:
@@ -106,10 +112,10 @@ class DiT(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         _zero(self.modulation, self.out)
+        if self.shared is not None:
+            _zero(self.shared)
         for block in self._blocks():
-            _zero(block.modulation)
-            if block.cross is not None:
-                _zero(block.cross.out)
+            block.zero()
 
     def _blocks(self) -> list[DiTBlock]:
         return [block for block in self.blocks if isinstance(block, DiTBlock)]
@@ -124,7 +130,8 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(c.width, c.heads, qk_norm=c.qk_norm)
         self.norm2 = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
         self.mlp = FeedForward(c.width, int(c.width * c.mlp_ratio), approximate="tanh")
-        self.modulation = fused(nn.Linear(c.width, 6 * c.width), 6)
+        self.modulation = None if c.shared_modulation else fused(nn.Linear(c.width, 6 * c.width), 6)
+        self.offset = nn.Parameter(torch.zeros(6 * c.width)) if c.shared_modulation else None
         self.cross: CrossAttention | None = None
         if c.text_dim is not None:
             self.norm_cross = nn.LayerNorm(c.width, eps=1e-6)
@@ -133,11 +140,23 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Tensor, signal: Tensor, kv: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal)[:, None].chunk(6, dim=-1)
+        if self.offset is not None:
+            parts = signal + self.offset
+        else:
+            assert self.modulation is not None
+            parts = self.modulation(signal)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         if self.cross is not None and kv is not None:
             x = x + self.cross(self.norm_cross(x), kv, mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    def zero(self) -> None:
+        """Make the block the identity (adaLN-Zero)."""
+        if self.modulation is not None:
+            _zero(self.modulation)
+        if self.cross is not None:
+            _zero(self.cross.out)
 
 
 TIME_FEATURES = 256  # width of the sinusoids of t, as published
@@ -146,15 +165,6 @@ TIME_FEATURES = 256  # width of the sinusoids of t, as published
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
     return x * (1 + scale) + shift
-
-
-def time_features(t: Tensor, dim: int) -> Tensor:
-    """[cos, sin] of t * 10000^(-j / half) for j < half: (B,) -> (B, dim), at least float32."""
-    half = dim // 2
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    frequencies = torch.exp(-torch.arange(half, device=t.device, dtype=t.dtype) * (LOG_PERIOD / half))
-    angles = t[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def sincos_positions(height: int, width: int, dim: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sfumato.core.types import Conditioning
-from sfumato.nets.dit import DiT, DiTConfig, patchify, sincos_positions, time_features, unpatchify
+from sfumato.nets.dit import DiT, DiTConfig, patchify, sincos_positions, unpatchify
 
 TEXT = DiTConfig(width=32, depth=2, heads=2, text_dim=12, pooled_dim=10, num_classes=5, qk_norm=True)
 
@@ -34,11 +35,14 @@ def awake(config: DiTConfig) -> DiT:
     return net.eval()
 
 
-def test_a_fresh_net_is_zero_and_its_blocks_are_the_identity() -> None:
-    net = DiT(TEXT)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_fresh_net_is_zero_and_its_blocks_are_the_identity(shared: bool) -> None:
+    net = DiT(replace(TEXT, shared_modulation=shared))
     x = torch.randn(2, 4, 8, 8)
     assert net(x, torch.rand(2), conditioning()).abs().max() == 0
     tokens, signal = torch.randn(2, 16, 32), torch.randn(2, 32)
+    if net.shared is not None:
+        signal = net.shared(signal)
     kv = net.blocks[0].cross.project(torch.randn(2, 4, 12))
     assert torch.equal(net.blocks[0](tokens, signal, kv, None), tokens)
 
@@ -59,9 +63,10 @@ def test_prepared_text_gives_the_same_output() -> None:
     assert torch.equal(net(x, t, cond), net(x, t, net.prepare(cond)))
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("field", ["tokens", "pooled", "label", "mask"])
-def test_every_kind_of_conditioning_reaches_the_output(field: str) -> None:
-    net = awake(TEXT)
+def test_every_kind_of_conditioning_reaches_the_output(field: str, shared: bool) -> None:
+    net = awake(replace(TEXT, shared_modulation=shared))
     x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), conditioning()
     changed = dict(cond.items())
     changed[field] = ~changed[field] if field == "mask" else changed[field] + 1
@@ -96,12 +101,6 @@ def test_patchify_round_trip() -> None:
     x = torch.randn(2, 3, 4, 6)
     assert patchify(x, 2).shape == (2, 6, 12)
     assert torch.equal(unpatchify(patchify(x, 2), (2, 3), 2), x)
-
-
-def test_time_features_are_cos_then_sin() -> None:
-    f = time_features(torch.tensor([3.0]), 8)
-    assert f[0, 0] == math.cos(3.0)
-    assert f[0, 5].item() == pytest.approx(math.sin(3.0 * 10000 ** (-1 / 4)), abs=1e-6)
 
 
 def test_positions_put_the_column_first() -> None:
