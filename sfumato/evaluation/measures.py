@@ -15,31 +15,31 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 @dataclass(frozen=True)
 class Proportion:
-    """`hits` of `total`, with the Wilson score interval of 95 % (Wilson 1927)."""
+    """`hits` of `total`, made by `of`.
+
+    Attributes:
+        share: hits / total.
+        low, high: the Wilson score interval of 95 % (Wilson 1927), inside [0, 1] and sensible at both ends.
+    """
 
     hits: int
     total: int
+    share: float
+    low: float
+    high: float
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.hits <= self.total or self.total < 1:
-            raise ValueError(f"{self.hits} of {self.total} is no proportion")
-
-    @property
-    def share(self) -> float:
-        """hits / total."""
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper bound of the share; inside [0, 1] and sensible at 0 and total hits too."""
-        n, p = self.total, self.share
-        center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        return max(0.0, center - half), min(1.0, center + half)
+    @staticmethod
+    def of(hits: int, total: int) -> Proportion:
+        """Raises: ValueError unless 0 <= hits <= total and total >= 1."""
+        if not 0 <= hits <= total or total < 1:
+            raise ValueError(f"{hits} of {total} is no proportion")
+        p, z2 = hits / total, Z95**2 / total
+        center = (p + z2 / 2) / (1 + z2)
+        half = math.sqrt(p * (1 - p) * z2 + z2**2 / 4) / (1 + z2)
+        return Proportion(hits, total, p, max(0.0, center - half), min(1.0, center + half))
 
     def __str__(self) -> str:
-        low, high = self.interval
-        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        interval = f"95 % interval {100 * self.low:.1f} to {100 * self.high:.1f}"
         return f"{100 * self.share:.1f} % ({self.hits} of {self.total}, {interval})"
 
 
@@ -52,22 +52,22 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     Args:
         image, reference: (B, C, H, W).
     """
-    error = ((image.clamp(-1, 1) - reference) / 2).double().square().flatten(1).mean(1)
+    error = ((image.clamp(-1, 1) - reference) / 2).cpu().double().square().flatten(1).mean(1)
     return -10 * error.log10()
 
 
-def ranks(features: Tensor, references: Tensor, truth: Tensor) -> Tensor:
-    """How many references are nearer (L2) to each feature than the true one: (B,) int64, 0 = the nearest.
-
-    A reference at exactly the same distance counts as nearer unless it is equal to the true one, for then
-    nobody could tell the two apart.
+def ranks(features: Tensor, references: Tensor, truth: Tensor, alike: Tensor | None = None) -> Tensor:
+    """How many other references are as near (L2) to each feature as the true one: (B,) int64, 0 = none.
 
     Args:
         features: (B, D).
         references: (N, D).
         truth: (B,) row of the right reference.
+        alike: (N,) int64, equal for references that are the same picture, any of which is then the true
+            one; None = all differ.
     """
+    alike = torch.arange(len(references)) if alike is None else alike
     distance = torch.cdist(features, references, compute_mode="donot_use_mm_for_euclid_dist")
-    own = distance.gather(1, truth[:, None])
-    twin = torch.cdist(references[truth], references, compute_mode="donot_use_mm_for_euclid_dist") == 0
-    return ((distance <= own) & ~twin).sum(1)
+    right = alike[truth][:, None] == alike  # (B, N)
+    own = distance.masked_fill(~right, torch.inf).amin(1, keepdim=True)
+    return ((distance <= own) & ~right).sum(1)

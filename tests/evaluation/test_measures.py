@@ -8,6 +8,11 @@ import torch
 from sfumato.evaluation.measures import Proportion, psnr, ranks
 
 
+def _interval(hits, total):
+    made = Proportion.of(hits, total)
+    return made.low, made.high
+
+
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
     [
@@ -21,21 +26,21 @@ from sfumato.evaluation.measures import Proportion, psnr, ranks
     ],
 )
 def test_wilson_interval(hits, total, low, high):
-    assert Proportion(hits, total).interval == pytest.approx((low, high), abs=5e-5)
+    assert _interval(hits, total) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_interval_covers_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
     hits = torch.binomial(torch.full((2000,), 40.0), torch.full((2000,), 0.3), generator=generator)
-    covered = sum(low <= 0.3 <= high for low, high in (Proportion(int(h), 40).interval for h in hits))
+    covered = sum(low <= 0.3 <= high for low, high in (_interval(int(h), 40) for h in hits))
     assert 0.93 < covered / 2000 < 0.975
 
 
 def test_proportion_reads_as_a_sentence_and_refuses_nonsense():
-    assert str(Proportion(81, 263)) == "30.8 % (81 of 263, 95 % interval 25.5 to 36.6)"
+    assert str(Proportion.of(81, 263)) == "30.8 % (81 of 263, 95 % interval 25.5 to 36.6)"
     for hits, total in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="no proportion"):
-            Proportion(hits, total)
+            Proportion.of(hits, total)
 
 
 def test_psnr_of_a_constant_error_in_closed_form():
@@ -58,6 +63,7 @@ def test_ranks_where_the_answer_is_known():
 
 
 def test_ranks_do_not_punish_twins_but_do_punish_ties():
-    references = torch.tensor([[1.0], [1.0], [-1.0]])
-    assert ranks(torch.tensor([[0.9]]), references, torch.tensor([1])).tolist() == [0]
-    assert ranks(torch.tensor([[0.0]]), references, torch.tensor([1])).tolist() == [1]
+    references, alike = torch.tensor([[1.0], [1.0], [-1.0]]), torch.tensor([7, 7, 8])
+    assert ranks(torch.tensor([[0.9]]), references, torch.tensor([1]), alike).tolist() == [0]
+    assert ranks(torch.tensor([[0.9]]), references, torch.tensor([1])).tolist() == [1]
+    assert ranks(torch.tensor([[0.0]]), references, torch.tensor([1]), alike).tolist() == [1]

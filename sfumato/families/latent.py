@@ -1,0 +1,212 @@
+"""Latent diffusion on OpenMoji: perceptual net, autoencoder and denoiser, and tiny twins of each.
+
+They are trained in this order, each from the run folders of those before it. Counts are in images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sfumato.diffusion.guidance import CFG
+from sfumato.diffusion.objective import Objective
+from sfumato.diffusion.schedules import Flow
+from sfumato.diffusion.times import LogitNormal
+from sfumato.evaluation.openmoji import PROMPTS
+from sfumato.families.registry import RECIPES
+from sfumato.nets.attention import AttentionConfig
+from sfumato.nets.autoencoder import AutoencoderConfig
+from sfumato.nets.blocks import BlockConfig
+from sfumato.nets.discriminator import DiscriminatorConfig
+from sfumato.nets.dit import DiTConfig
+from sfumato.nets.embedding import EmbeddingConfig, TokensConfig
+from sfumato.nets.perceptual import PerceptualConfig
+from sfumato.nets.text import TextTransformerConfig
+from sfumato.nets.unet import UNetConfig, levels
+from sfumato.systems.config import About
+from sfumato.systems.options import SampleOptions
+from sfumato.training.batches import DataConfig
+from sfumato.training.optim import OptimConfig
+from sfumato.training.recipe import Recipe
+from sfumato.training.tasks.autoencoding import AutoencodingConfig
+from sfumato.training.tasks.denoising import DenoisingConfig
+from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.trainer import TrainerConfig
+
+__all__: list[str] = []  # everything is reached through RECIPES
+
+RUNS = Path("runs")
+OPENMOJI = DataConfig(path=Path("data/openmoji"), size=64, split="train")
+LICENSE = "CC-BY-SA-4.0"
+# Captions tell left from right ("face facing right"), so only nets that read none are shown flips.
+AUGMENTED = replace(OPENMOJI, flip=True, shift=4)
+
+
+@RECIPES("openmoji-perceptual")
+def openmoji_perceptual() -> Recipe:
+    """A stand-in for LPIPS: features that tell which words describe a picture."""
+    return Recipe(
+        name="openmoji-perceptual",
+        task=CaptionWordsConfig(net=PerceptualConfig(widths=(32, 64, 128), convs=(2, 2, 2))),
+        data=replace(AUGMENTED, even="concept"),
+        optim=OptimConfig(lr=1e-3, warmup=6400, weight_decay=1e-4),
+        trainer=TrainerConfig(images=100_000, batch=64, ema=0.99, save_every=50_000),
+        about=About(
+            summary="Perceptual features trained on caption words, in place of LPIPS.", license=LICENSE
+        ),
+    )
+
+
+@RECIPES("openmoji-autoencoder")
+def openmoji_autoencoder() -> Recipe:
+    """A KL autoencoder, 64x64 to 16x16x4: L1 + L2 + perceptual + KL, and PatchGAN in the last third."""
+    task = AutoencodingConfig(
+        net=AutoencoderConfig(channels=64, mults=(1, 2), blocks=1, norm_groups=8, patch=2),
+        discriminator=DiscriminatorConfig(channels=32, layers=2),
+        perceptual_net=RUNS / "openmoji-perceptual",
+        l1=1.0,
+        l2=1.0,
+        perceptual=0.05,
+        kl=1e-4,
+        adversarial=0.1,
+        perceptual_start=0.3,
+        discriminator_start=0.62,
+        adversarial_start=0.65,
+        discriminator_optim=OptimConfig(lr=4e-4, betas=(0.5, 0.9), lr_schedule="constant", clip=0.0),
+    )
+    return Recipe(
+        name="openmoji-autoencoder",
+        task=task,
+        data=AUGMENTED,
+        optim=OptimConfig(lr=1e-3, warmup=1600, final=0.03, weight_decay=1e-4),
+        trainer=TrainerConfig(images=200_000, batch=16, ema=0.999, preview_every=20_000, save_every=20_000),
+        about=About(summary="KL autoencoder of 64x64 OpenMoji pictures.", license=LICENSE),
+    )
+
+
+def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Recipe:
+    """Linear flow with logit-normal times on the autoencoder's latents, text tower trained jointly."""
+    task = DenoisingConfig(
+        net=net,
+        text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=4, heads=4),
+        autoencoder=RUNS / "openmoji-autoencoder",
+        schedule=Flow(multiplier=1000.0),
+        prediction="flow",
+        objective=Objective(times=LogitNormal()),
+        dropout=0.1,
+        sampling=SAMPLING,
+        prompts=PROMPTS[:16],
+    )
+    return Recipe(
+        name=name,
+        task=task,
+        data=replace(OPENMOJI, even="concept"),
+        optim=optim,
+        trainer=TrainerConfig(images=500_000, batch=64, ema=0.999, preview_every=50_000, save_every=50_000),
+        about=About(summary="Text-to-image latent diffusion on OpenMoji, 64x64.", license=LICENSE),
+    )
+
+
+TEXT_WIDTH = 256
+SAMPLING = SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(3.0))
+ADAMW = OptimConfig(lr=1e-3, warmup=12_800, final=0.02, weight_decay=0.01)
+
+
+@RECIPES("openmoji-dit")
+def openmoji_dit() -> Recipe:
+    """A text-to-image DiT on the latents of openmoji-autoencoder."""
+    net = DiTConfig(width=256, depth=8, heads=4, text_dim=TEXT_WIDTH, pooled_dim=TEXT_WIDTH, qk_norm=True)
+    return _denoiser("openmoji-dit", net, ADAMW)
+
+
+@RECIPES("openmoji-dit-muon")
+def openmoji_dit_muon() -> Recipe:
+    """The same DiT with Muon for its hidden matrices."""
+    return replace(openmoji_dit(), name="openmoji-dit-muon", optim=replace(ADAMW, kind="muon"))
+
+
+@RECIPES("openmoji-unet")
+def openmoji_unet() -> Recipe:
+    """A text-to-image U-Net of Stable Diffusion's shape on the latents of openmoji-autoencoder."""
+    attention = AttentionConfig(kind="transformer", heads=4)
+    net = UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        levels=levels(96, (1, 2, 3), 1, attention=attention, at=(1, 2)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=96, dim=384),
+        tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
+    )
+    return _denoiser("openmoji-unet", net, replace(ADAMW, lr=5e-4))
+
+
+# Twins for smoke tests: any folder of captioned pictures, seconds on one core.
+
+
+def _toy(recipe: Recipe, task: AutoencodingConfig | CaptionWordsConfig | DenoisingConfig) -> Recipe:
+    name = recipe.name.replace("openmoji", "toy")
+    trainer = TrainerConfig(images=64, batch=4, ema=0.9, log_every=16, preview_every=32, save_every=32)
+    data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None)
+    about = About(summary="A tiny twin for tests; its pictures mean nothing.")
+    return replace(recipe, name=name, task=task, trainer=trainer, data=data, about=about)
+
+
+@RECIPES("toy-perceptual")
+def toy_perceptual() -> Recipe:
+    """Tiny twin of openmoji-perceptual."""
+    net = PerceptualConfig(widths=(4, 8), convs=(1, 1))
+    return _toy(openmoji_perceptual(), CaptionWordsConfig(net=net))
+
+
+@RECIPES("toy-autoencoder")
+def toy_autoencoder() -> Recipe:
+    """Tiny twin of openmoji-autoencoder, without a perceptual net; its discriminator starts half way."""
+    full = openmoji_autoencoder()
+    assert isinstance(full.task, AutoencodingConfig)
+    task = replace(
+        full.task,
+        net=AutoencoderConfig(channels=8, mults=(1, 2), blocks=1, norm_groups=4, patch=2),
+        discriminator=DiscriminatorConfig(channels=4, layers=1),
+        perceptual_net=None,
+        discriminator_start=0.4,
+        adversarial_start=0.5,
+    )
+    return _toy(full, task)
+
+
+def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig) -> Recipe:
+    assert isinstance(full.task, DenoisingConfig)
+    task = replace(
+        full.task,
+        net=net,
+        text=TextTransformerConfig(vocab_size=300, context=8, width=16, depth=1, heads=2),
+        autoencoder=None,
+        sampling=replace(SAMPLING, steps=2),
+        prompts=(),
+    )
+    return _toy(full, task)
+
+
+@RECIPES("toy-dit")
+def toy_dit() -> Recipe:
+    """Tiny twin of openmoji-dit, on pixels unless --task.autoencoder is given."""
+    net = DiTConfig(
+        in_channels=3, out_channels=3, patch=4, width=16, depth=1, heads=2, text_dim=16, pooled_dim=16
+    )
+    return _toy_denoiser(openmoji_dit(), net)
+
+
+@RECIPES("toy-unet")
+def toy_unet() -> Recipe:
+    """Tiny twin of openmoji-unet, on pixels."""
+    attention = AttentionConfig(kind="transformer", heads=2)
+    net = UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        levels=levels(8, (1, 2), 1, attention=attention, at=(1,)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=8, dim=16),
+        tokens=TokensConfig(dim=16, masked=True),
+        block=BlockConfig(norm_groups=4),
+    )
+    return _toy_denoiser(openmoji_unet(), net)
