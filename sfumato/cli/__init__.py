@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
 }
 USAGE, INTERRUPTED = 2, 130
+OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, KeyError, OSError) as error:
         return _report(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _report(ValueError("not enough memory; ask for a smaller --size, or choose another --device"))
 
 
 def _dispatch(args: list[str]) -> int:

@@ -13,7 +13,7 @@ import tyro
 __all__ = ["parse", "size_of"]
 
 T = TypeVar("T")
-RULE = re.compile(r"^[\s│|]*─+[\s│|]*$")
+RULE = re.compile(r"|[-─]+|[╭╰].*")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
@@ -29,7 +29,7 @@ def parse(kind: type[T], verb: str, args: Sequence[str], *, default: T | None = 
     try:
         with contextlib.redirect_stderr(said):
             start = tyro.MISSING_NONPROP if default is None else default
-            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.AvoidSubcommands)
             return tyro.cli(kind, prog=f"sfumato {verb}", args=list(args), config=config, default=start)
     except SystemExit as stop:
         if not stop.code:
@@ -49,19 +49,20 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def _condensed(box: str) -> str:
-    """What stands in the parser's box before its first rule and empty line, and the flag that it suggests."""
+    """What stands in the parser's box before its first rule or empty line, and the flag that it suggests.
+
+    """The parser's message, up to its first rule or empty line, and the flag that it suggests.
+    """
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
-        if line.startswith(("╭", "╰")):
-            continue
-        text = line.strip("│| ").strip()
-        if RULE.match(line) or not text:
+        text = line.strip("│| ")
+        if RULE.fullmatch(text):
             parts.append([])
         else:
             parts[-1].append(text)
-    said = [part for part in parts if part]
-    first = " ".join(said[0]).rstrip(".") if said else "these flags cannot be read"
-    near = next(
-        (part[1].split()[0] for part in said[1:] if part[0].startswith("Perhaps") and len(part) > 1), None
-    )
-    return f"{first}; did you mean {near}?" if near else first
+    said = [part for part in parts if part][0 if box.startswith("╭") else 1 :]
+    if not said:
+        return "these flags cannot be read"
+    first = " ".join(said[0]).rstrip(".")
+    hints = [part[1].split()[0] for part in said[1:] if part[0].startswith("Perhaps") and len(part) > 1]
+    return f"{first}; did you mean {hints[0]}?" if hints else first
