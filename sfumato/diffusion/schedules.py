@@ -121,9 +121,7 @@ class Discrete:
 
     def __call__(self, t: Tensor) -> Level:
         """The level at index t, integral or not; ValueError outside [0, steps - 1]."""
-        t = _double(t)
-        if bool(((t < 0) | (t > self.steps - 1)).any()):
-            raise ValueError(f"time {t.tolist()} is outside this schedule; allowed: 0 to {self.steps - 1}")
+        t = _time_within(t, self.steps - 1)
         low, table = t.long(), self.table
         weight = t - low
         if not bool(weight.any()):
@@ -180,7 +178,7 @@ class Cosine:
 
     def __call__(self, t: Tensor) -> Level:
         """The level at time u; ValueError outside [0, 1]."""
-        u = _unit_time(t)
+        u = _time_within(t, 1)
         # Sines of both angles: exact zeros at both ends, which cos(pi / 2) is not.
         alpha = torch.sin(math.pi / 2 * (1 - u) / (1 + self.offset))
         sigma = torch.sin(math.pi / 2 * (u + self.offset) / (1 + self.offset))
@@ -257,7 +255,7 @@ class Flow:
 
     def __call__(self, t: Tensor) -> Level:
         """The level at time t before the shift; ValueError outside [0, 1]."""
-        t = _unit_time(t)
+        t = _time_within(t, 1)
         below = 1 + (self.shift - 1) * t
         sigma = self.shift * t / below
         return Level(sigma * self.multiplier, (1 - t) / below, sigma)
@@ -293,10 +291,11 @@ def _double(v: Tensor) -> Tensor:
     return v.detach().to("cpu", torch.float64)
 
 
-def _unit_time(t: Tensor) -> Tensor:
+def _time_within(t: Tensor, last: int) -> Tensor:
     t = _double(t)
-    if bool(((t < 0) | (t > 1)).any()):
-        raise ValueError(f"time {t.tolist()} is outside this schedule; allowed: 0 to 1")
+    inside = (t >= 0) & (t <= last)
+    if not bool(inside.all()):
+        raise ValueError(f"time {float(t[~inside][0]):g} is outside this schedule; allowed: 0 to {last}")
     return t
 
 

@@ -201,7 +201,8 @@ def test_edm(name, spacing, monkeypatch):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(
-    ("name", "sampler"), [("FlowMatchEulerDiscreteScheduler", "euler"), ("FlowMatchHeunDiscreteScheduler", "heun")]
+    ("name", "sampler"),
+    [("FlowMatchEulerDiscreteScheduler", "euler"), ("FlowMatchHeunDiscreteScheduler", "heun")],
 )
 def test_flow(name, sampler, shift):
     scheduler = getattr(importlib.import_module("diffusers"), name)(shift=shift)
