@@ -49,9 +49,9 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def _condensed(box: str) -> str:
-    """What stands in the parser's box before its first rule or empty line, and the flag that it suggests.
-
     """The parser's message, up to its first rule or empty line, and the flag that it suggests.
+
+    Its box is drawn with lines; where the output is not UTF-8, with dashes and the title in a row of its own.
     """
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
