@@ -136,7 +136,7 @@ def test_bound_of_a_known_picture():
 
 @pytest.mark.parametrize("steps", [10, 100])
 def test_bound_of_gaussian_data_is_tight(steps):
-    """With the exact mean and variance of x_s given x_t, Gaussian here, the bound is the likelihood itself."""
+    """With the exact mean and variance of x_s given x_t, Gaussian here, the bound is the likelihood."""
     s = 0.2
     x0 = (torch.randn(64, 400, dtype=torch.float64) * s * 127.5 + 0.5).round().clamp(
         -127, 128
