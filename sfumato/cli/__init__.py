@@ -60,7 +60,7 @@ def train(args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """Measure a system."""
-    from sfumato.cli.runs import evaluate as verb
+    from sfumato.cli.measuring import evaluate as verb
 
     return verb(args)
 

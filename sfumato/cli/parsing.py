@@ -29,7 +29,11 @@ def parse(kind: type[T], verb: str, args: Sequence[str], *, default: T | None = 
     try:
         with contextlib.redirect_stderr(said):
             start = tyro.MISSING_NONPROP if default is None else default
-            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.AvoidSubcommands)
+            config = [tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands]
+            if default is None:
+                config.append(
+                    tyro.conf.DisallowNone
+                )  # None stands for "not given"; in a default it is a value
             return tyro.cli(kind, prog=f"sfumato {verb}", args=list(args), config=config, default=start)
     except SystemExit as stop:
         if not stop.code:
