@@ -36,7 +36,7 @@ def means(mean, step, denoiser, x, level, clip):
     # A network that predicts the posterior mean itself is not one of our parameterizations: no published
     # system has one, and it would depend on two levels. Its x0 follows from the posterior's own coefficients.
     previous = denoiser.raw(x, level, Conditioning()).prediction
-    x0 = (previous - expand(step.on_x, x) * x) / expand(step.on_x0, x)
+    x0 = expand(1 / step.on_x0, x) * previous - expand(step.on_x / step.on_x0, x) * x
     return (x0.clamp(-1, 1) if clip else x0), previous
 
 
