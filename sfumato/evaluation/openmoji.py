@@ -198,7 +198,7 @@ def evaluate(
 
 
 def retrieval(features: Tensor, references: References, truth: Sequence[int]) -> Retrieval:
-    """Top-1 and top-5 accuracy of features (B, D) whose own pictures are the rows `truth` of the references."""
+    """Accuracy of features (B, D) whose own pictures are the rows `truth` of the references."""
     place = ranks(features, references.features, torch.tensor(truth), references.alike)
     return Retrieval(*(Proportion.of(int((place < k).sum()), len(place)) for k in (1, 5)))
 
@@ -262,7 +262,7 @@ def _rows_of(folder: ImageFolder, split: str) -> list[int]:
     rows = [i for i, value in enumerate(folder.column("split")) if value == split and folder.texts[i]]
     if not rows:
         raise ValueError(
-            f"no captioned picture of {folder.path} has split {split!r}; is it an OpenMoji folder?"
+            f"no captioned picture of {folder.path} has split {split!r}: it is no OpenMoji folder"
         )
     return sorted(rows, key=lambda i: hashlib.sha256(folder.texts[i].encode()).digest())
 

@@ -19,7 +19,7 @@ from sfumato.nets.autoencoder import AutoencoderConfig
 from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.discriminator import DiscriminatorConfig
 from sfumato.nets.dit import DiTConfig
-from sfumato.nets.embedding import EmbeddingConfig, TokensConfig
+from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, TokensConfig
 from sfumato.nets.perceptual import PerceptualConfig
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig, levels
@@ -37,9 +37,22 @@ __all__: list[str] = []  # everything is reached through RECIPES
 
 RUNS = Path("runs")
 OPENMOJI = DataConfig(path=Path("data/openmoji"), size=64, split="train")
-LICENSE = "CC-BY-SA-4.0"
 # Captions tell left from right ("face facing right"), so only nets that read none are shown flips.
 AUGMENTED = replace(OPENMOJI, flip=True, shift=4)
+TEXT_WIDTH = 256
+SAMPLING = SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(3.0))
+MUON = OptimConfig(
+    kind="muon",
+    lr=1e-3,
+    muon_lr=0.01,
+    betas=(0.9, 0.95),
+    weight_decay=0.01,
+    lr_schedule="wsd",
+    warmup=6400,
+    decay=0.3,
+    final=0.02,
+    clip=10.0,
+)
 
 
 @RECIPES("openmoji-perceptual")
@@ -48,48 +61,70 @@ def openmoji_perceptual() -> Recipe:
     return Recipe(
         name="openmoji-perceptual",
         task=CaptionWordsConfig(net=PerceptualConfig(widths=(32, 64, 128), convs=(2, 2, 2))),
-        data=replace(AUGMENTED, even="concept"),
-        optim=OptimConfig(lr=1e-3, warmup=6400, weight_decay=1e-4),
-        trainer=TrainerConfig(images=100_000, batch=64, ema=0.99, save_every=50_000),
-        about=About(
-            summary="Perceptual features trained on caption words, in place of LPIPS.", license=LICENSE
-        ),
+        data=AUGMENTED,
+        optim=OptimConfig(lr=1e-3, lr_schedule="constant", weight_decay=0.01),
+        trainer=TrainerConfig(images=45_000, batch=64, ema=0.9, save_every=15_000),
+        about=_about("Perceptual features trained on caption words: a stand-in for LPIPS."),
     )
 
 
 @RECIPES("openmoji-autoencoder")
 def openmoji_autoencoder() -> Recipe:
-    """A KL autoencoder, 64x64 to 16x16x4: L1 + L2 + perceptual + KL, and PatchGAN in the last third."""
+    """A KL autoencoder, 64x64 to 16x16x4: L1, L2, perceptual and KL losses, PatchGAN in the last fifth."""
     task = AutoencodingConfig(
         net=AutoencoderConfig(channels=64, mults=(1, 2), blocks=1, norm_groups=8, patch=2),
         discriminator=DiscriminatorConfig(channels=32, layers=2),
         perceptual_net=RUNS / "openmoji-perceptual",
         l1=1.0,
         l2=1.0,
-        perceptual=0.05,
-        kl=1e-4,
+        perceptual=0.5,
+        kl=3e-4,
         adversarial=0.1,
-        perceptual_start=0.3,
-        discriminator_start=0.62,
-        adversarial_start=0.65,
+        perceptual_start=0.2,
+        discriminator_start=0.77,
+        adversarial_start=0.8,
         discriminator_optim=OptimConfig(lr=4e-4, betas=(0.5, 0.9), lr_schedule="constant", clip=0.0),
     )
     return Recipe(
         name="openmoji-autoencoder",
         task=task,
         data=AUGMENTED,
-        optim=OptimConfig(lr=1e-3, warmup=1600, final=0.03, weight_decay=1e-4),
-        trainer=TrainerConfig(images=200_000, batch=16, ema=0.999, preview_every=20_000, save_every=20_000),
-        about=About(summary="KL autoencoder of 64x64 OpenMoji pictures.", license=LICENSE),
+        optim=replace(MUON, lr_schedule="cosine", warmup=800, final=0.03),
+        trainer=TrainerConfig(images=50_000, batch=16, ema=0.999),
+        about=_about("KL autoencoder of 64x64 OpenMoji pictures."),
     )
 
 
+@RECIPES("openmoji-dit")
+def openmoji_dit() -> Recipe:
+    """A text-to-image DiT on the latents of openmoji-autoencoder, hidden matrices trained by Muon."""
+    net = DiTConfig(width=256, depth=8, heads=4, text_dim=TEXT_WIDTH, pooled_dim=TEXT_WIDTH, qk_norm=True)
+    return _denoiser("openmoji-dit", net, MUON)
+
+
+@RECIPES("openmoji-unet")
+def openmoji_unet() -> Recipe:
+    """A text-to-image U-Net of Stable Diffusion's shape on the latents of openmoji-autoencoder."""
+    attention = AttentionConfig(kind="transformer", head_dim=32)
+    pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=TEXT_WIDTH),))
+    net = UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        levels=levels(96, (1, 2, 3), 1, attention=attention, at=(0, 1, 2)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=96, dim=384, extras=(pooled,)),
+        tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
+    )
+    return _denoiser("openmoji-unet", net, replace(MUON, kind="adamw", clip=1.0))
+
+
 def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Recipe:
-    """Linear flow with logit-normal times on the autoencoder's latents, text tower trained jointly."""
+    """Linear flow with logit-normal times on normalised latent means, text tower trained jointly."""
     task = DenoisingConfig(
         net=net,
-        text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=4, heads=4),
+        text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=3, heads=4),
         autoencoder=RUNS / "openmoji-autoencoder",
+        posterior="mean",
         schedule=Flow(multiplier=1000.0),
         prediction="flow",
         objective=Objective(times=LogitNormal()),
@@ -102,42 +137,13 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Rec
         task=task,
         data=replace(OPENMOJI, even="concept"),
         optim=optim,
-        trainer=TrainerConfig(images=500_000, batch=64, ema=0.999, preview_every=50_000, save_every=50_000),
-        about=About(summary="Text-to-image latent diffusion on OpenMoji, 64x64.", license=LICENSE),
+        trainer=TrainerConfig(images=500_000, batch=64, ema=0.999, preview_every=50_000, save_every=25_000),
+        about=_about("Text-to-image latent diffusion on OpenMoji, 64x64."),
     )
 
 
-TEXT_WIDTH = 256
-SAMPLING = SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(3.0))
-ADAMW = OptimConfig(lr=1e-3, warmup=12_800, final=0.02, weight_decay=0.01)
-
-
-@RECIPES("openmoji-dit")
-def openmoji_dit() -> Recipe:
-    """A text-to-image DiT on the latents of openmoji-autoencoder."""
-    net = DiTConfig(width=256, depth=8, heads=4, text_dim=TEXT_WIDTH, pooled_dim=TEXT_WIDTH, qk_norm=True)
-    return _denoiser("openmoji-dit", net, ADAMW)
-
-
-@RECIPES("openmoji-dit-muon")
-def openmoji_dit_muon() -> Recipe:
-    """The same DiT with Muon for its hidden matrices."""
-    return replace(openmoji_dit(), name="openmoji-dit-muon", optim=replace(ADAMW, kind="muon"))
-
-
-@RECIPES("openmoji-unet")
-def openmoji_unet() -> Recipe:
-    """A text-to-image U-Net of Stable Diffusion's shape on the latents of openmoji-autoencoder."""
-    attention = AttentionConfig(kind="transformer", heads=4)
-    net = UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        levels=levels(96, (1, 2, 3), 1, attention=attention, at=(1, 2)),
-        middle=attention,
-        embedding=EmbeddingConfig(time_dim=96, dim=384),
-        tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
-    )
-    return _denoiser("openmoji-unet", net, replace(ADAMW, lr=5e-4))
+def _about(summary: str) -> About:
+    return About(summary=summary, license="CC-BY-SA-4.0", data="OpenMoji")
 
 
 # Twins for smoke tests: any folder of captioned pictures, seconds on one core.
@@ -148,7 +154,8 @@ def _toy(recipe: Recipe, task: AutoencodingConfig | CaptionWordsConfig | Denoisi
     trainer = TrainerConfig(images=64, batch=4, ema=0.9, log_every=16, preview_every=32, save_every=32)
     data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None)
     about = About(summary="A tiny twin for tests; its pictures mean nothing.")
-    return replace(recipe, name=name, task=task, trainer=trainer, data=data, about=about)
+    optim = replace(recipe.optim, warmup=8)
+    return replace(recipe, name=name, task=task, trainer=trainer, data=data, optim=optim, about=about)
 
 
 @RECIPES("toy-perceptual")

@@ -72,7 +72,8 @@ class RunLog:
     def step(self, images: int, metrics: Mapping[str, Tensor]) -> None:
         """Record one training step that ended at `images`; writes a line when `every` images have passed."""
         for name, metric in metrics.items():
-            value = metric.detach().float()
+            value = metric.detach()
+            value = value.double() if value.device.type == "cpu" else value.float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
         self._bar.update(self._task, completed=images)
@@ -95,7 +96,7 @@ class RunLog:
         self.seconds += elapsed
         line: dict[str, float] = {"images": images, "seconds": round(self.seconds, 3)}
         line["images_per_second"] = round((images - self._images) / max(elapsed, 1e-9), 3)
-        line |= {name: value for name, value in means.items() if math.isfinite(value)}
+        line |= {name: float(f"{value:.6g}") for name, value in means.items() if math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = [f"{name} {value:.4g}" for name, value in means.items() if name.endswith("/loss")]

@@ -169,7 +169,12 @@ class Trainer:
             norm = optimizer.clip()
             self._check(loss, norm)
             lr = optimizer.step(self.images, end, self.config.images)
-            own = {"loss": loss.value, "grad_norm": norm, "lr": torch.tensor(lr), **loss.metrics}
+            own = {
+                "loss": loss.value,
+                "grad_norm": norm,
+                "lr": torch.tensor(lr, dtype=torch.float64),
+                **loss.metrics,
+            }
             metrics |= {f"{loss.phase}/{name}": value.detach() for name, value in own.items()}
         self.average.update()
         self.images, self.steps = end, self.steps + 1

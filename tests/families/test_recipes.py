@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.core.config import from_json, to_json
+from sfumato.core.random import Noise
+from sfumato.families import RECIPES
+from sfumato.nets import NETS
+from sfumato.nets.autoencoder import Autoencoder
+from sfumato.systems.config import About
+from sfumato.systems.system import load_system
+from sfumato.training.batches import open_folder
+from sfumato.training.jobs.build import build
+from sfumato.training.jobs.job import Place
+from sfumato.training.optim import PhaseOptimizer
+from sfumato.training.recipe import Recipe
+from sfumato.training.run import train
+from sfumato.training.task import Moment
+
+TOYS = [name for name in RECIPES if name.startswith("toy-")]
+
+
+def toy(name: str, pictures: Path, out: Path, **trainer) -> Recipe:
+    recipe = RECIPES[name]()
+    settings = replace(recipe.trainer, device="cpu", quiet=True, **trainer)
+    return replace(recipe, data=replace(recipe.data, path=pictures), trainer=settings, out=out / name)
+
+
+def flat(state, prefix=""):
+    if isinstance(state, dict):
+        return {
+            k: v for key in state if key != "seconds" for k, v in flat(state[key], f"{prefix}/{key}").items()
+        }
+    if isinstance(state, list):
+        return {k: v for i, item in enumerate(state) for k, v in flat(item, f"{prefix}/{i}").items()}
+    return {prefix: state}
+
+
+def newest(out: Path) -> dict:
+    return flat(torch.load(sorted((out / "checkpoints").iterdir())[-1] / "state.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_survives_json_and_builds_its_nets(name):
+    recipe = RECIPES[name]()
+    assert recipe.name == name
+    assert recipe == RECIPES[name]()
+    assert from_json(Recipe, json.dumps(to_json(recipe))) == recipe
+    kind = next(kind for kind in NETS.values() if kind.config is type(recipe.task.net))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in kind.net(recipe.task.net).parameters()) > 0
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_two_steps_are_finite_and_reach_every_parameter(name, pictures, tmp_path):
+    recipe = toy(name, pictures, tmp_path)
+    folder = open_folder(recipe.data)
+    job = build(recipe, Place(tmp_path, torch.device("cpu"), folder, About(), ""))
+    optimizers = {
+        phase: PhaseOptimizer([job.task.modules[m] for m in p.modules], p.optim or recipe.optim)
+        for phase, p in job.task.phases.items()
+    }
+    touched: dict[int, bool] = {}
+    # A net whose last layer starts at zero passes gradients to the layers before it after its first step.
+    for step in range(4):
+        for loss in job.task.losses(job.batches(4 * step), Noise(range(4)), Moment(60, 64)):
+            assert torch.isfinite(loss.value)
+            optimizers[loss.phase].backward(loss.value)
+            for p in optimizers[loss.phase].parameters:
+                assert p.grad is not None
+                assert torch.isfinite(p.grad).all()
+                touched[id(p)] = touched.get(id(p), False) or bool(p.grad.any())
+            optimizers[loss.phase].step(4 * step, 4 * step + 4, 64)
+    names = {
+        id(p): f"{m}.{n}" for m, module in job.task.modules.items() for n, p in module.named_parameters()
+    }
+    # While no logit is beyond the margin of the hinge, real and fake pull the last bias equally hard.
+    last_bias = (
+        f"discriminator.net.{len(job.task.modules['discriminator'].net) - 1}.bias"
+        if name == "toy-autoencoder"
+        else ""
+    )
+    assert {names[i] for i in names if not touched.get(i)} <= {last_bias}
+
+
+@pytest.mark.parametrize("name", ["toy-autoencoder", "toy-dit"])
+def test_a_stopped_run_ends_as_an_uninterrupted_one_bit_for_bit(name, pictures, tmp_path):
+    whole = toy(name, pictures, tmp_path / "whole", images=48, save_every=16, preview_every=24)
+    train(whole)
+    parts = replace(whole, out=tmp_path / "parts")
+    # Stopped at 32 of 48 images: the discriminator of the autoencoder starts at 19 and is heard from 24.
+    _stop_at(32, parts)
+    train(parts)
+    a, b = newest(whole.folder), newest(parts.folder)
+    assert a.keys() == b.keys()
+    different = [
+        k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])
+    ]
+    assert different == []
+    assert a["/images"] == 48
+    logs = [
+        [json.loads(x) for x in (r.folder / "log.jsonl").read_text().splitlines()] for r in (whole, parts)
+    ]
+    assert [(r["images"], [v for k, v in r.items() if "loss" in k]) for r in logs[0]] == [
+        (r["images"], [v for k, v in r.items() if "loss" in k]) for r in logs[1]
+    ]
+    for weights in (whole.folder / "system").glob("*.safetensors"):
+        assert weights.read_bytes() == (parts.folder / "system" / weights.name).read_bytes()
+
+
+def test_the_chain_of_recipes_gives_a_system_that_draws(pictures, tmp_path):
+    (pictures / "ATTRIBUTION.txt").write_text("Drawn by a test.")
+    perceptual = train(toy("toy-perceptual", pictures, tmp_path, images=8))
+    recipe = toy("toy-autoencoder", pictures, tmp_path, images=8)
+    recipe = replace(recipe, task=replace(recipe.task, perceptual_net=perceptual, perceptual_start=0.0))
+    first = train(recipe)
+    assert "generator/perceptual" in (recipe.folder / "log.jsonl").read_text()
+    recipe = toy("toy-dit", pictures, tmp_path, images=8)
+    net = replace(recipe.task.net, in_channels=4, out_channels=4, patch=2)
+    recipe = replace(
+        recipe, task=replace(recipe.task, net=net, autoencoder=recipe.folder.parent / "toy-autoencoder")
+    )
+    path = train(recipe)
+    assert path == recipe.folder / "system"
+    system = load_system(path)
+    assert system.about.attribution == "Drawn by a test."
+    assert "Drawn by a test." in system.card
+    assert str(tmp_path) not in (path / "MODEL_CARD.md").read_text() + (path / "system.json").read_text()
+    codec = system.stages[0].codec
+    assert isinstance(codec.autoencoder, Autoencoder)
+    assert len(codec.std) == 4
+    (image,) = system.generate(["red bar 0"], seed=3)
+    assert image.size == (16, 16)
+    assert (recipe.folder / "previews" / "000000000008.png").is_file()
+    assert first.is_dir()
+
+
+def test_another_recipe_does_not_continue_the_run(pictures, tmp_path):
+    recipe = toy("toy-perceptual", pictures, tmp_path, images=8)
+    train(recipe)
+    before = newest(recipe.folder)
+    changed = replace(recipe, optim=replace(recipe.optim, lr=0.5))
+    with pytest.raises(ValueError, match=r"another recipe \(optim\.lr: 0\.001 -> 0\.5\)"):
+        train(changed)
+    assert same(newest(recipe.folder), before)
+    train(replace(recipe, trainer=replace(recipe.trainer, images=16)))
+    assert newest(recipe.folder)["/images"] == 16
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("toy-dit", {"data": {"path": Path("nowhere")}}, "nowhere does not exist"),
+        ("toy-dit", {"trainer": {"batch": 13}}, "trainer.batch 13 is more than the 12 pictures"),
+        ("toy-dit", {"trainer": {"device": "abacus"}}, "device 'abacus'"),
+        (
+            "toy-dit",
+            {"task": {"autoencoder": Path("none")}},
+            "no trained Autoencoder at none; train one with",
+        ),
+        ("toy-autoencoder", {"task": {"perceptual_net": Path("none")}}, "no trained PerceptualNet at none"),
+        ("toy-dit", {"data": {"split": "test"}}, "no picture has split = 'test'"),
+        ("toy-dit", {"data": {"even": "shade"}}, "no field 'shade'"),
+        ("toy-autoencoder", {"data": {"size": 18}}, "multiples of 4"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_the_first_step(name, change, message, pictures, tmp_path):
+    recipe = toy(name, pictures, tmp_path)
+    recipe = replace(
+        recipe, **{part: replace(getattr(recipe, part), **values) for part, values in change.items()}
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        train(recipe)
+    assert "\n" not in str(error.value)
+    assert not (recipe.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ({"in_channels": 4}, "in_channels 4 and out_channels 3, but what it denoises has 3 channels"),
+        ({"text_dim": 8}, "does not fit its inputs"),
+        ({"patch": 5}, "multiple of the patch"),
+    ],
+)
+def test_a_net_that_does_not_fit_is_named(net, message, pictures, tmp_path):
+    recipe = toy("toy-dit", pictures, tmp_path)
+    recipe = replace(recipe, task=replace(recipe.task, net=replace(recipe.task.net, **net)))
+    with pytest.raises(ValueError, match=message) as error:
+        train(recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_without_captions_are_refused(pictures, tmp_path):
+    (pictures / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="has a caption"):
+        train(toy("toy-dit", pictures, tmp_path))
+    with pytest.raises(ValueError, match="no words"):
+        train(toy("toy-perceptual", pictures, tmp_path))
+
+
+def test_damaged_pictures_are_listed_beside_the_run(pictures, tmp_path, caplog):
+    rows = (pictures / "metadata.jsonl").read_text().splitlines()
+    for k in range(10):
+        (pictures / f"c{k}").mkdir()
+        for i in range(12):
+            (pictures / f"c{k}" / f"{i}.png").write_bytes((pictures / f"{i}.png").read_bytes())
+            rows.append(rows[i].replace('"file_name": "', f'"file_name": "c{k}/'))
+    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+    (pictures / "5.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    recipe = toy("toy-perceptual", pictures, tmp_path, images=140)
+    train(recipe)
+    listed = json.loads((recipe.folder / "skipped.json").read_text())
+    assert [Path(name).name for name in listed] == ["5.png"]
+    assert "1 of 132 pictures were damaged" in caplog.text
+
+
+def _stop_at(images: int, recipe: Recipe) -> None:
+    """Train until a checkpoint at `images`, then fail as a power cut does."""
+    from sfumato.training.state import Checkpoints
+
+    class PowerCut(Exception):
+        pass
+
+    save = Checkpoints.save
+
+    def save_and_fail(self, state, at):
+        path = save(self, state, at)
+        if at == images:
+            raise PowerCut
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_fail)
+        with pytest.raises(PowerCut):
+            train(recipe)
