@@ -71,6 +71,7 @@ def write_safetensors(
     """Write tensors, floating ones as `dtype` if it is given; shared memory is written once per name."""
     plain = {name: _storable(v, dtype) for name, v in tensors.items()}
     save_file(plain, path, metadata={"format": "pt"})
+    Path(path).chmod(0o644)  # the library makes it private
 
 
 def sha256(path: str | Path) -> str:

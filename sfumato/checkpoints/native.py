@@ -196,7 +196,9 @@ def _read_net(path: Path, entry: NetEntry, device: torch.device | str, dtype: to
     net = parameter_free(kind.net, config)
     assign(net, floating(net, state, dtype), where=str(file))
     _check_digest(file, entry)
-    return net.to(device).eval()
+    # Convolutions are faster with the channels last, on CPUs above all.
+    net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net.eval()
 
 
 def _read_tokenizer(path: Path, entry: FileEntry) -> Tokenizer:

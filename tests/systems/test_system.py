@@ -208,9 +208,12 @@ def test_half_precision_draws_nearly_the_same(tiny_system, tmp_path):
     assert float((image - whole).abs().mean()) < 0.1  # 8 bits of mantissa
 
 
-def test_a_saved_system_draws_the_same_bits(tiny_system, tiny_folder):
+def test_a_saved_system_draws_the_same(tiny_system, tiny_folder):
     loaded = load_system(tiny_folder)
     assert loaded.config == tiny_system.config
     assert loaded.about == tiny_system.about
     assert len(loaded.fingerprint) == 16
-    assert torch.equal(drawn(loaded, n=1, text=["red heart"]), drawn(tiny_system, n=1, text=["red heart"]))
+    # Convolutions with the channels last sum in another order than those in memory.
+    mine, theirs = (drawn(s, n=1, text=["red heart"]) for s in (tiny_system, loaded))
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+    assert torch.equal(drawn(load_system(tiny_folder), n=1, text=["red heart"]), theirs)
