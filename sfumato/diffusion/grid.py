@@ -73,13 +73,37 @@ class Grid:
         return len(self.t) - 1
 
     def level(self, i: int) -> Level:
-        """Level i in 0..n."""
-        return Level(self.t[i], self.alpha[i], self.sigma[i])
+        """Level i in 0..n, each of shape ()."""
+        return self._levels[i]
+
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
+        return _unbind(Level(self.t, self.alpha, self.sigma))
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
         """alpha and sigma of the n + 1 levels as floats."""
         return tuple(Point(a, s) for a, s in zip(self.alpha.tolist(), self.sigma.tolist(), strict=True))
+
+    @cached_property
+    def middles(self) -> tuple[Level, ...]:
+        """The schedule's level in the middle of each step, n of shape (), in the coordinate that suits it.
+
+        By sigma / (alpha + sigma) on schedules that begin at pure noise, else as in `log_middles`.
+        """
+        if not self.from_pure_noise:
+            return self.log_middles
+        tau = self.sigma / (self.alpha + self.sigma)
+        tau = (tau[:-1] + tau[1:]) / 2
+        return _unbind(self.schedule(self.schedule.time_of(tau / (1 - tau))))
+
+    @cached_property
+    def log_middles(self) -> tuple[Level, ...]:
+        """The schedule's level in the middle of each step by log-SNR; without meaning next to an infinite one."""
+        ratio = self.sigma / self.alpha
+        middle = (ratio[:-1] * ratio[1:]).sqrt()
+        middle = torch.where(middle.isfinite() & (middle > 0), middle, torch.ones_like(middle))
+        return _unbind(self.schedule(self.schedule.time_of(middle)))
 
     @cached_property
     def from_pure_noise(self) -> bool:
@@ -92,7 +116,7 @@ class Grid:
         return float(self.schedule(torch.tensor(self.schedule.span[1], dtype=torch.float64)).alpha) < 1e-3
 
     def level_at(self, ratio: float) -> Level:
-        """The schedule's level, of shape (), with this sigma / alpha: midpoints of two-stage solvers, churn.
+        """The schedule's level, of shape (), with this sigma / alpha.
 
         A discrete schedule clamps it to its table; take alpha and sigma from the level, not from `ratio`.
         """
@@ -187,6 +211,10 @@ def repaint(grid: Grid, jump_length: int = 10, resamples: int = 10) -> Grid:
     return replace(
         grid, t=grid.t[order], alpha=grid.alpha[order], sigma=grid.sigma[order], jumps=frozenset(jumps)
     )
+
+
+def _unbind(levels: Level) -> tuple[Level, ...]:
+    return tuple(Level(*row) for row in zip(*(v.unbind() for v in levels), strict=True))
 
 
 def _off_schedule(alpha: float, sigma: float) -> Level:

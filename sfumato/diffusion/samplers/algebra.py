@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.core.types import Denoised, Level
+from sfumato.core.types import Denoised
 from sfumato.diffusion.grid import Grid, Point
 from sfumato.diffusion.sampling import Past, Run
 
@@ -77,7 +77,6 @@ class Frame:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = grid
         self.straight = grid.from_pure_noise
 
     def time(self, point: Point) -> float:
@@ -96,13 +95,6 @@ class Frame:
     def step(self, x: Tensor, now: Point, after: Point, slope: Tensor) -> Tensor:
         """x at `after` with one slope for the whole step."""
         return self.advance(x, now, after, (self.time(after) - self.time(now), slope))
-
-    def middle(self, now: Point, after: Point) -> Level:
-        """The level halfway: the mean of s if straight, the geometric mean of the ratios if not."""
-        if self.straight:
-            tau = (now.tau + after.tau) / 2
-            return self.grid.level_at(tau / (1 - tau))
-        return self.grid.level_at((now.ratio * after.ratio) ** 0.5)
 
 
 def lagrange_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:

@@ -66,15 +66,16 @@ def edm(
 
 @SAMPLERS("dpm2")
 def dpm2(run: Run, x: Tensor, i: int) -> Tensor:
-    """Midpoint rule, the middle as in `Frame.middle`; order 2, two evaluations, Euler to sigma = 0.
+    """Midpoint rule in the coordinates of `Frame`, the middle as in `Grid.middles`; order 2, two evaluations.
 
-    DPM-Solver-2 of Lu et al. 2022 (arXiv:2206.00927) as k-diffusion takes it over into Karras' coordinates.
+    DPM-Solver-2 of Lu et al. 2022 (arXiv:2206.00927) as k-diffusion takes it over into Karras' coordinates,
+    where the step to sigma = 0 is Euler's.
     """
     now, after = run.grid.points[i : i + 2]
     frame, denoised = Frame(run.grid), run.folded(x, i)
     if not frame.straight and (after.sigma <= 0 or after.alpha <= 0):
         return first_order(after, denoised)
-    level = frame.middle(now, after)
+    level = run.grid.middles[i]
     middle = Point.of(level)
     halfway = frame.step(x, now, middle, frame.slope(denoised))
     return frame.step(x, now, after, frame.slope(run.between(halfway, level)))

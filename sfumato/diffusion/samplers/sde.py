@@ -90,8 +90,8 @@ def dpmpp_3m_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: floa
     """The same with the exact integral of the parabola through the last three x0; order 3 with eta = 0.
 
     k-diffusion's sample_dpmpp_3m_sde, but for two things: that one takes half of the parabola's curvature,
-    which leaves order 2; and evaluations closer than half the step's h are not extrapolated from, which would
-    amplify their differences where a grid's steps suddenly grow (the step to index 1 of leading steps).
+    which leaves order 2; and a step more than twice as long as the one before is of order 1, for extrapolating
+    that far amplifies differences (with leading steps, the step to index 1: the covariance is off by 90 %).
 
     Lu et al. 2022 (arXiv:2211.01095), multistep of order 3. Orders 1 and 2 first, order 1 to sigma = 0.
 
@@ -101,8 +101,9 @@ def dpmpp_3m_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: floa
     denoised = run.folded(x, i)
     if after.sigma <= 0:
         return first_order(after, denoised)
-    step, (newest, *older) = Transition.between(now, after, eta), look_back(run, 3)
-    past = [newest, *(p for p in older if 2 * (now.log_snr - p.point.log_snr) >= step.growth)]
+    step, past = Transition.between(now, after, eta), look_back(run, 3)
+    if len(past) > 1 and step.growth > 2 * (now.log_snr - past[1].point.log_snr):
+        past = past[:1]
     nodes = [0.0, *((p.point.log_snr - now.log_snr) / step.growth for p in past[1:])]
     weights = lagrange_weights(nodes, exponential_moments(step.total, len(nodes)))
     terms = ((after.alpha * w, p.denoised.x0) for w, p in zip(weights, past, strict=True))
@@ -128,7 +129,7 @@ def dpmpp_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: float =
     whole = Transition.between(now, after, eta)
     if now.alpha <= 0:
         return _with_noise(run, combine((whole.decay, x), (whole.gain, denoised.x0)), whole.std * s_noise)
-    level = run.grid.level_at(math.sqrt(now.ratio * after.ratio))
+    level = run.grid.log_middles[i]
     middle = Point.of(level)
     first, second = Transition.between(now, middle, eta), Transition.between(middle, after, eta)
     fresh = [run.noise(x) for _ in range(2)] if eta > 0 else []
