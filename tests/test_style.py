@@ -18,9 +18,6 @@ DATA_TABLES: frozenset[str] = frozenset()
 # Public functions that may speak of Any: they take or give JSON, a tree of torch's states, or any config.
 ANY_ALLOWED = frozenset(
     {
-        "sfumato/checkpoints/files.py:read_pickled",
-        "sfumato/checkpoints/files.py:read_weights",
-        "sfumato/checkpoints/weights.py:parameter_free",
         "sfumato/core/config.py:to_json",
         "sfumato/training/state.py:Checkpoints.load",
         "sfumato/training/state.py:Checkpoints.save",
