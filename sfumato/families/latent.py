@@ -62,7 +62,7 @@ def openmoji_perceptual() -> Recipe:
         name="openmoji-perceptual",
         task=CaptionWordsConfig(net=PerceptualConfig(widths=(32, 64, 128), convs=(2, 2, 2))),
         data=AUGMENTED,
-        optim=OptimConfig(lr=1e-3, lr_schedule="constant", weight_decay=0.01),
+        optim=OptimConfig(lr=1e-3, lr_schedule="constant", weight_decay=0.01, clip=0.0),
         trainer=TrainerConfig(images=45_000, batch=64, ema=0.9, save_every=15_000),
         about=_about("Perceptual features trained on caption words: a stand-in for LPIPS."),
     )

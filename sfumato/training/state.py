@@ -73,8 +73,8 @@ class Checkpoints:
             shutil.rmtree(old)
         return final
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
-        """State of the newest checkpoint whose size and hash agree with its manifest, or None."""
+    def load(self) -> dict[str, Any] | None:
+        """State of the newest checkpoint whose size and hash agree with its manifest, on the CPU, or None."""
         for path in reversed(self.paths()):
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             file = path / STATE
@@ -83,7 +83,7 @@ class Checkpoints:
                 and file.stat().st_size == manifest["size"]
                 and _sha256(file) == manifest["sha256"]
             ):
-                state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 return state
         return None
 

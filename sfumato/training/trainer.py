@@ -123,8 +123,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or start at nothing."""
-        device = next(next(iter(self.task.modules.values())).parameters()).device
-        state = self.checkpoints.load(device)
+        state = self.checkpoints.load()
         if state is not None:
             self.load_state_dict(state)
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
@@ -159,7 +158,9 @@ class Trainer:
             optimizer.load_state_dict(state["optimizers"][name])
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
-        noise = Noise([_seed(self.config.seed, self.images + i) for i in range(len(batch))])
+        noise = Noise([_seed("sample", self.config.seed, self.images + i) for i in range(len(batch))])
+        # Layers that draw for themselves (nn.Dropout) use torch's generator: it follows the position too.
+        torch.manual_seed(_seed("layers", self.config.seed, self.images))
         moment = Moment(self.images, self.config.images)
         end = self.images + len(batch)
         metrics: dict[str, Tensor] = {}
@@ -196,6 +197,6 @@ class Trainer:
         return bool(every) and self.images // every > before // every
 
 
-def _seed(seed: int, position: int) -> int:
-    """63 bits for the sample at a position of a run, whatever the batch size or the number of processes."""
-    return int.from_bytes(hashlib.sha256(f"train/{seed}/{position}".encode()).digest()[:8], "little") >> 1
+def _seed(name: str, seed: int, position: int) -> int:
+    """63 bits for a purpose at a position of a run, whatever the batch size or the number of processes."""
+    return int.from_bytes(hashlib.sha256(f"{name}/{seed}/{position}".encode()).digest()[:8], "little") >> 1

@@ -8,16 +8,14 @@ import torch
 
 from sfumato.training.state import Checkpoints
 
-CPU = torch.device("cpu")
-
 
 def test_round_trip_and_only_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.load(CPU) is None
+    assert checkpoints.load() is None
     for images in (100, 20, 300):
         checkpoints.save({"images": images, "w": torch.full((3,), float(images))}, images)
     assert [int(p.name) for p in checkpoints.paths()] == [100, 300]
-    state = checkpoints.load(CPU)
+    state = checkpoints.load()
     assert state["images"] == 300
     assert torch.equal(state["w"], torch.full((3,), 300.0))
 
@@ -30,10 +28,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
-    assert checkpoints.load(CPU)["images"] == 2
+    assert checkpoints.load()["images"] == 2
     second = checkpoints.paths()[1] / "state.pt"
     second.write_bytes(second.read_bytes()[:-10])
-    assert checkpoints.load(CPU)["images"] == 1
+    assert checkpoints.load()["images"] == 1
 
 
 def test_a_save_that_dies_before_the_rename_leaves_the_last_one(tmp_path, monkeypatch):
@@ -48,7 +46,7 @@ def test_a_save_that_dies_before_the_rename_leaves_the_last_one(tmp_path, monkey
         checkpoints.save({"images": 2}, 2)
     assert [int(p.name) for p in checkpoints.paths()] == [1]
     assert not list(tmp_path.glob(".writing-*"))
-    assert checkpoints.load(CPU)["images"] == 1
+    assert checkpoints.load()["images"] == 1
 
 
 def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path):
@@ -57,14 +55,14 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["images"] == 5
     (path / "manifest.json").unlink()
-    assert checkpoints.load(CPU) is None
+    assert checkpoints.load() is None
 
 
 def test_nothing_but_tensors_and_plain_values_is_ever_loaded(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save({"bad": pytest.raises}, 1)
     with pytest.raises(Exception, match="weights_only"):
-        checkpoints.load(CPU)
+        checkpoints.load()
 
 
 def test_keeping_none_is_refused(tmp_path):

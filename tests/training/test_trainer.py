@@ -33,7 +33,7 @@ class TwoPhases:
 
     def losses(self, batch, noise, moment):
         self.seen += batch.index.tolist()
-        x = batch.images + noise(batch.images)
+        x = torch.nn.functional.dropout(batch.images + noise(batch.images), 0.3)
         value = self.first(x).square().mean()
         if self.break_at is not None and moment.images >= self.break_at:
             value = value * torch.nan if self.where == "loss" else (value - value.detach()).sqrt()
