@@ -52,10 +52,19 @@ def test_every_command_has_help(verb, capsys):
 
 
 def test_generate_writes_a_picture_and_prints_its_path(run):
-    code, out, err = run("generate", "A red heart, please!", "--seed", 7)
-    assert (code, out, err) == (0, "out/a-red-heart-please-7.png\n", "")
-    with Image.open("out/a-red-heart-please-7.png") as image:
+    code, out, err = run("generate", "Red heart", "--seed", 7)
+    assert (code, out, err) == (0, "out/red-heart-7.png\n", "")
+    with Image.open("out/red-heart-7.png") as image:
         assert image.size == (16, 16)
+
+
+def test_words_that_were_never_learned_are_told(run):
+    code, out, err = run("generate", "A red heart, please!", "--negative", "ugly")
+    assert (code, out) == (0, "out/a-red-heart-please-0.png\n")
+    assert err == "sfumato: tiny was not trained on the words 'a', 'heart,', 'please!', 'ugly'\n"
+    _, out, err = run("generate", "blue hart", "--json")
+    assert json.loads(out)["unknown_words"] == ["hart"]
+    assert err == ""
 
 
 def test_a_picture_tells_how_it_was_made(run, tiny_folder):
@@ -251,7 +260,7 @@ def test_the_program_itself(tiny_folder, tmp_path, repository):
             env=os.environ | {"PYTHONPATH": str(repository)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     done = sfumato("generate", "red heart", "--seed", "7", "--out", "a.png")

@@ -16,6 +16,8 @@ from sfumato import api, cli
 from sfumato.checkpoints.files import sha256
 from sfumato.core.png import save_png
 
+RECORD = {"prompt": "x", "negative": "", "seed": 0, "size": [16, 16], "options": {"base": {}}}
+
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
@@ -150,6 +152,13 @@ def test_output_that_cannot_be_written(refused, system, flags):
     said = refused("generate", "x", "--system", system, *flags)
     assert said.startswith("cannot write ")
     assert "choose " in said
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["rerun", "a.png"], ["reconstruct", "a.png"]])
+def test_other_kinds_of_picture(refused, system, command):
+    save_png("a.png", Image.new("RGB", (8, 8)), record=RECORD)
+    said = refused(*command, "--system", system, "--out", "b.jpg")
+    assert said == "cannot write b.jpg: pictures are PNG files; call it b.png"
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

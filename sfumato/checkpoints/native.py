@@ -238,7 +238,7 @@ def _replace(staging: Path, path: Path) -> None:
         os.rename(path, old)
     try:
         os.rename(staging, path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if old.exists():
             os.rename(old, path)
         raise

@@ -117,14 +117,20 @@ def generate(args: list[str]) -> int:
     images = _draw_all(system, drawings, paths, show=None if flags.json else _print_path)
     if sheet is not None:
         _write_sheet(sheet, images)
-        if not flags.json:
-            print(sheet)
+    unknown = system.unknown_words(f"{flags.prompt} {flags.negative}")
     if flags.json:
         from sfumato.cli.drawing import record_of
 
         said = [{"path": str(p), **record_of(d, system)} for p, d in zip(paths, drawings, strict=True)]
+        rest = {"grid": sheet and str(sheet), "unknown_words": unknown}
         seconds = round(time.perf_counter() - started, 3)
-        print(json.dumps({"pictures": said, "grid": sheet and str(sheet), "seconds": seconds}, indent=1))
+        print(json.dumps({"pictures": said, **rest, "seconds": seconds}, indent=1))
+        return 0
+    if sheet is not None:
+        print(sheet)
+    if unknown:
+        words = ", ".join(map(repr, unknown))
+        print(f"sfumato: {system.about.name} was not trained on the words {words}", file=sys.stderr)
     return 0
 
 

@@ -17,7 +17,7 @@ from sfumato.core.image import center_crop, from_pil, to_float, to_pil, to_uint8
 from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
-from sfumato.systems.config import About, SystemConfig
+from sfumato.systems.config import About, SystemConfig, TokenTextConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
 from sfumato.systems.stage import Observer, Stage
@@ -125,6 +125,12 @@ class System:
         self._check_names(*given, *(only or ()))
         stages = [s for s in self.stages if only is None or s.name in only]
         return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a prompt that the system was not trained on, where it can tell."""
+        kinds = [c for stage in self.config.stages for c in stage.conditioners]
+        names = {c.tokenizer for c in kinds if isinstance(c, TokenTextConfig)}
+        return sorted({word for name in names for word in self.parts.tokenizers[name].unknown(text)})
 
     def reconstruct(self, image: Image.Image, *, size: int | tuple[int, int] | None = None) -> Image.Image:
         """What the codec makes of a picture: encoded to the mean latent and decoded.
