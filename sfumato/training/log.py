@@ -25,13 +25,13 @@ class RunLog:
     Args:
         path: JSONL file; appended to, and cut back by `begin` on a resume.
         total: images of the whole run.
-        every: images between two lines.
+        every: images between two lines; 0 = one line at the end.
         quiet: no progress bar.
     """
 
     def __init__(self, path: Path, total: int, every: int, *, quiet: bool = False) -> None:
         self.path = path
-        self.every = max(1, every)
+        self.every = every or total
         self.seconds = 0.0
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}

@@ -103,7 +103,7 @@ def _trainer(recipe: Recipe, job: Job, place: Place) -> Trainer:
 def _card(recipe: Recipe, about: About) -> str:
     """Model card: what it is, how it was made, whose data; folders of this machine stay out of it."""
     settings = to_json(recipe)
-    del settings["out"], settings["data"]["path"]
+    del settings["out"], settings["about"], settings["data"]["path"]
     for name in ("autoencoder", "perceptual_net"):
         settings["task"].pop(name, None)
     lines = [f"# {about.name}", "", about.summary, "", "## Recipe", ""]

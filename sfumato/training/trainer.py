@@ -69,7 +69,7 @@ class Trainer:
         log: see RunLog.
         checkpoints: see Checkpoints.
         preview: called with the images seen every `preview_every` images and at the end.
-        publish: called with the averaged modules after every checkpoint.
+        publish: called with the averaged modules after every checkpoint, and on a resume.
     """
 
     def __init__(
@@ -126,11 +126,15 @@ class Trainer:
         state = self.checkpoints.load()
         if state is not None:
             self.load_state_dict(state)
+            self._publish()  # the run may have died between a checkpoint and this
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
 
     def save(self) -> None:
         """Write a checkpoint of the present state, and publish the averages."""
         self.checkpoints.save(self.state_dict(), self.images)
+        self._publish()
+
+    def _publish(self) -> None:
         if self.publish is not None:
             self.publish(self.average.modules)
 

@@ -38,6 +38,15 @@ def test_resume_cuts_lines_beyond_the_checkpoint_and_adds_up_time(tmp_path):
     assert rows[1]["seconds"] >= 100.0
 
 
+def test_a_cadence_of_zero_gives_one_line_at_the_end(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", total=30, every=0, quiet=True)
+    log.begin(0, 0.0)
+    for images in (10, 20, 30):
+        log.step(images, {"a": torch.tensor(1.0)})
+    log.close(30)
+    assert [row["images"] for row in read_log(tmp_path / "log.jsonl")] == [30]
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_only_the_progress_bar_is_drawn_and_only_if_wanted(tmp_path, capfd, quiet):
     with RunLog(tmp_path / "log.jsonl", total=10, every=5, quiet=quiet) as log:

@@ -127,6 +127,17 @@ def test_previews_and_checkpoints_come_at_their_cadence_and_at_the_end(tmp_path)
     assert [int(p.name) for p in run.checkpoints.paths()] == [12, 24, 32]
 
 
+def test_averages_are_published_with_each_checkpoint_and_again_on_a_resume(tmp_path):
+    published = []
+    for _ in range(2):
+        run = trainer(tmp_path, total=24, save_every=8)
+        run.publish = lambda averaged: published.append(averaged["first"].weight.clone())
+        run.fit()
+    assert len(published) == 4
+    assert not torch.equal(published[0], published[2])
+    assert torch.equal(published[2], published[3])
+
+
 def test_no_preview_with_a_cadence_of_zero(tmp_path):
     shown = []
     trainer(tmp_path, preview=shown.append, preview_every=0).fit()
