@@ -99,7 +99,7 @@ class Grid:
 
     @cached_property
     def log_middles(self) -> tuple[Level, ...]:
-        """The schedule's level in the middle of each step by log-SNR; without meaning next to an infinite one."""
+        """The schedule's level in the middle of each step by log-SNR; no meaning next to an infinite one."""
         ratio = self.sigma / self.alpha
         middle = (ratio[:-1] * ratio[1:]).sqrt()
         middle = torch.where(middle.isfinite() & (middle > 0), middle, torch.ones_like(middle))

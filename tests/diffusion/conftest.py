@@ -40,7 +40,7 @@ class Gaussian:
         return Denoised(x0, (sigma / spread * centered) @ VECTORS.T)
 
     def flow(self, x: Tensor, start: Point, end: Point) -> Tensor:
-        """Where the probability flow takes x from one level to another: each eigendirection is only rescaled."""
+        """Where the probability flow takes x from one level to another: it rescales each eigendirection."""
         stretch = [(p.alpha**2 * VALUES + p.sigma**2).sqrt() for p in (start, end)]
         centered = (x - start.alpha * self.mean) @ VECTORS
         return end.alpha * self.mean + (stretch[1] / stretch[0] * centered) @ VECTORS.T
@@ -65,15 +65,16 @@ class Gaussian:
 class Responses:
     """Noise for a linear walk that yields its exact mean and covariance instead of a sample.
 
-    Row 0 of the batch starts at the mean and never sees noise; each further row differs from it in one unit: of the
-    start, or of one draw. The rows' differences from row 0 at the end are the columns of the walk's linear map.
+    Row 0 of the batch starts at the mean and never sees noise; each further row differs from it in one unit:
+    of the start, or of one draw. The rows' differences from row 0 at the end are the columns of the walk's
+    linear map.
     """
 
     def __init__(self, draws: int, dim: int = 3) -> None:
         self.draws, self.dim, self.used = draws, dim, 0
 
     def start(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """(1 + dim + draws * dim, dim): the mean, then the mean plus each column of a root of the covariance."""
+        """(1 + dim + draws * dim, dim): the mean, and it plus each column of a root of the covariance."""
         x = mean.repeat(1 + self.dim * (1 + self.draws), 1)
         x[1 : 1 + self.dim] += torch.linalg.cholesky(covariance).T
         return x

@@ -20,10 +20,10 @@ BUDGET = 100e-6  # seconds per network call: 1 % of a network of 10 ms
 def test_under_one_percent_of_a_10_ms_network(name):
     """A network that costs nothing, so that all the time measured is overhead.
 
-    The overhead is interpreter and dispatch time, which does not grow with the network. So it is measured alone and
-    compared with 1 % of 10 ms; next to a real 10 ms network it would drown in that network's own jitter. A busy
-    machine can only add time: CPU time of this thread is counted, the walks are short, and the best of many is the
-    least disturbed one.
+    The overhead is interpreter and dispatch time, which does not grow with the network. So it is measured
+    alone and compared with 1 % of 10 ms; next to a real 10 ms network it would drown in that network's own
+    jitter. A busy machine can only add time: CPU time of this thread is counted, the walks are short, and the
+    best of many is the least disturbed one.
     """
     schedule, calls = SCHEDULES["scaled_linear"](), 0
 

@@ -70,7 +70,10 @@ def test_eps_network_keeps_its_eps_in_single_precision():
 
 def test_level_per_row_is_level_per_sample():
     schedule, (clean, noise) = SCHEDULES["cosine"](), pair()
-    net = lambda x, t, cond: torch.tanh(x) * (1 + t.to(x).reshape(-1, 1, 1, 1) / 1000)
+
+    def net(x, t, cond):
+        return torch.tanh(x) * (1 + t.to(x).reshape(-1, 1, 1, 1) / 1000)
+
     denoiser = Denoiser(net, schedule, PARAMETERIZATIONS["v"])
     level = schedule(torch.tensor([10, 500, 900]))
     x = noised(level, clean, noise)
@@ -109,7 +112,9 @@ def test_time_is_at_least_single_precision(dtype):
 def test_learned_variance_is_the_second_half():
     schedule, (clean, noise) = SCHEDULES["linear"](), pair()
     level = schedule(torch.tensor(500))
-    denoiser = Denoiser(Recorder(torch.cat([noise, clean], 1)), schedule, PARAMETERIZATIONS["eps"], learned_var=True)
+    denoiser = Denoiser(
+        Recorder(torch.cat([noise, clean], 1)), schedule, PARAMETERIZATIONS["eps"], learned_var=True
+    )
     x = noised(level, clean, noise)
     result = denoiser(x, level, Conditioning())
     assert torch.allclose(result.eps, noise, atol=1e-12)
@@ -137,14 +142,16 @@ def test_pure_noise(schedule, name):
     """At alpha = 0 x_t is the noise: eps is x_t and x0 is finite."""
     _, noise = pair()
     level = schedule(torch.tensor(schedule.span[1]))
-    result = Denoiser(Recorder(torch.ones_like(noise)), schedule, PARAMETERIZATIONS[name])(noise, level, Conditioning())
+    result = Denoiser(Recorder(torch.ones_like(noise)), schedule, PARAMETERIZATIONS[name])(
+        noise, level, Conditioning()
+    )
     assert torch.allclose(result.eps, noise)
     assert result.x0.isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", [Flow(), Cosine(), SCHEDULES["linear"](zero_snr=True)], ids=str)
 def test_eps_is_refused_where_the_schedule_reaches_pure_noise(schedule):
-    with pytest.raises(ValueError, match="reaches alpha = 0.*use v, x0 or flow, or a schedule with end < 1"):
+    with pytest.raises(ValueError, match=r"reaches alpha = 0.*use v, x0 or flow, or a schedule with end < 1"):
         Denoiser(Recorder(torch.zeros(1)), schedule, PARAMETERIZATIONS["eps"])
 
 

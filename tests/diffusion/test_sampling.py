@@ -10,7 +10,18 @@ import torch
 
 from sfumato.core.random import Noise
 from sfumato.core.types import Denoised
-from sfumato.diffusion import SAMPLERS, SCHEDULES, SPACINGS, VE, Cancelled, Flow, Grid, Run, integrate, repaint
+from sfumato.diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    SPACINGS,
+    VE,
+    Cancelled,
+    Flow,
+    Grid,
+    Run,
+    integrate,
+    repaint,
+)
 from sfumato.diffusion.grid import Point
 from sfumato.diffusion.sampling import HISTORY, fold
 
@@ -18,8 +29,10 @@ LINEAR = SCHEDULES["linear"]()
 
 
 def test_all_samplers_are_registered():
-    expected = "ddim ddpm deis dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm euler euler_ancestral heun lms plms unipc"
-    assert sorted(SAMPLERS) == expected.split()
+    expected = (
+        "ddim ddpm deis dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm euler euler_ancestral heun"
+    )
+    assert sorted(SAMPLERS) == [*expected.split(), "lms", "plms", "unipc"]
     with pytest.raises(ValueError, match="unknown sampler 'dpmpp2m'; did you mean 'dpmpp_2m'"):
         SAMPLERS["dpmpp2m"]
 
@@ -88,7 +101,13 @@ def test_project_and_observe(gaussian, start):
         assert (x[0] == i + 1).all()
         assert denoised.x0.shape == x.shape
 
-    end = integrate(SAMPLERS["ddim"], Run(gaussian.denoise, grid, torch.randn_like), start, project=project, observe=observe)
+    end = integrate(
+        SAMPLERS["ddim"],
+        Run(gaussian.denoise, grid, torch.randn_like),
+        start,
+        project=project,
+        observe=observe,
+    )
     assert projected == [1, 2, 3, 4, 5]
     assert seen == [0, 1, 2, 3, 4]
     assert (end[0] == 5).all()
@@ -106,7 +125,12 @@ def test_cancel(gaussian, start):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        integrate(SAMPLERS["ddim"], Run(denoise, SPACINGS["trailing"](LINEAR, 9), torch.randn_like), start, observe=stop)
+        integrate(
+            SAMPLERS["ddim"],
+            Run(denoise, SPACINGS["trailing"](LINEAR, 9), torch.randn_like),
+            start,
+            observe=stop,
+        )
     assert len(calls) == 3
 
 
@@ -128,7 +152,9 @@ def test_no_gradients_are_kept(gaussian, start):
         d = gaussian.denoise(x, level)
         return Denoised(d.x0 * weight, d.eps * weight)
 
-    end = integrate(SAMPLERS["dpmpp_2m"], Run(denoise, SPACINGS["trailing"](LINEAR, 3), torch.randn_like), start)
+    end = integrate(
+        SAMPLERS["dpmpp_2m"], Run(denoise, SPACINGS["trailing"](LINEAR, 3), torch.randn_like), start
+    )
     assert not end.requires_grad
 
 
@@ -147,7 +173,7 @@ def test_a_jump_diffuses(schedule, gaussian, moments_after):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_repaint_walk(name, gaussian, moments_after):
-    """Jumps restart every sampler's history, and the end is the data: 12 %, as for 100 plain steps of order 1."""
+    """Jumps restart every sampler's history, and the end is the data: 12 %, as for 100 steps of order 1."""
     plain = SPACINGS["trailing"](LINEAR, 100)
     grid = repaint(plain, 20, 2)
     mean, covariance = moments_after(gaussian.denoise, grid, name, {}, gaussian.moments(grid.points[0]))
@@ -155,8 +181,8 @@ def test_repaint_walk(name, gaussian, moments_after):
     assert (covariance - gaussian.covariance).norm() / gaussian.covariance.norm() < 0.12
 
 
-# An external score. With data N(mean, C) and y = x_0 + noise of covariance R, grad_x log p(y | x_t) is known in closed
-# form, and guided samples must come from the posterior N(mean', C').
+# An external score. With data N(mean, C) and y = x_0 + noise of covariance R, grad_x log p(y | x_t) is known in
+# closed form, and guided samples must come from the posterior N(mean', C').
 
 
 def observed(gaussian):
@@ -183,7 +209,8 @@ def observed(gaussian):
 def test_external_score_samples_the_posterior(name, schedule, gaussian, moments_after):
     """Mean to 8 % of its shift and covariance to 12 %, the errors of order 1 at 200 steps.
 
-    The start is the posterior's own level; ddpm shifts its mean by variance * grad, all others fold grad into eps.
+    The start is the posterior's own level; ddpm shifts its mean by variance * grad, all others fold grad into
+    eps.
     """
     (mean, covariance), denoise = observed(gaussian)
     grid = SPACINGS["karras" if schedule.kind == "ve" else "trailing"](schedule, 200)

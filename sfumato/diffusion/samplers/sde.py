@@ -90,8 +90,8 @@ def dpmpp_3m_sde(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: floa
     """The same with the exact integral of the parabola through the last three x0; order 3 with eta = 0.
 
     k-diffusion's sample_dpmpp_3m_sde, but for two things: that one takes half of the parabola's curvature,
-    which leaves order 2; and a step more than twice as long as the one before is of order 1, for extrapolating
-    that far amplifies differences (with leading steps, the step to index 1: the covariance is off by 90 %).
+    which leaves order 2; and a step over twice as long as the one before is of order 1, for extrapolating so
+    far amplifies differences (with leading steps, the step to index 1: the covariance is off by 90 %).
 
     Lu et al. 2022 (arXiv:2211.01095), multistep of order 3. Orders 1 and 2 first, order 1 to sigma = 0.
 

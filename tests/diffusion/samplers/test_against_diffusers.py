@@ -1,11 +1,12 @@
 """The solvers that diffusers also has, on the same grid, with the same network and the same noise.
 
-Both sides work in float64 where diffusers lets them; its Euler family casts every sample to float32 and its sigmas are
-float32, so 1e-5 relative is what can be asked. The grids are aligned: our alphas_cumprod replace its float32 table, and
-trailing steps that divide 1000 make its rule "previous = t - 1000 // n" the grid's own next level. Left out are
-- DPMSolverSDE: its noise comes from a Brownian tree (torchsde), which cannot be given;
-- sde-dpmsolver++ of order 3: the sign of its last coefficient is wrong (it tends to -1, not 0, as the step shrinks);
-- dpmsolver++ of order 3: it uses half the parabola's curvature, as k-diffusion does; ours integrates it exactly.
+Both sides work in float64 where diffusers lets them; its Euler family casts every sample to float32 and its
+sigmas are float32, so 1e-5 relative is what can be asked. The grids are aligned: our alphas_cumprod replace
+its float32 table, and trailing steps that divide 1000 make its rule "previous = t - 1000 // n" the grid's own
+next level. Left out are - DPMSolverSDE: its noise comes from a Brownian tree (torchsde), which cannot be
+given; - sde-dpmsolver++ of order 3: the sign of its last coefficient is wrong (it tends to -1, not 0, as the
+step shrinks); - dpmsolver++ of order 3: it uses half the parabola's curvature, as k-diffusion does; ours
+integrates it exactly.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def start() -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-# Schedulers that walk in our coordinates (variance preserving); trailing steps end at sigma = 0 or, where diffusers
-# cannot, at the first entry of the table.
+# Schedulers that walk in our coordinates (variance preserving); trailing steps end at sigma = 0 or, where
+# diffusers cannot, at the first entry of the table.
 DPM, UNI, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
 SDE2M = {"algorithm_type": "sde-dpmsolver++", **ZERO}
 PRESERVING = {
@@ -143,7 +144,7 @@ def test_ddim_with_noise(eta, monkeypatch):
 
 @pytest.mark.parametrize("variance", ["large", "learned"])
 def test_ddpm_variances(variance, monkeypatch):
-    """With leading steps, whose last index is 0: elsewhere diffusers adds "large" noise to the final sample."""
+    """With leading steps, whose last index is 0: elsewhere diffusers adds "large" noise to the result."""
     kind = {"large": "fixed_large", "learned": "learned_range"}[variance]
     scheduler = build("DDPMScheduler", **PLAIN, variance_type=kind, timestep_spacing="leading")
     grid, x = SPACINGS["leading"](SCHEDULE, STEPS), start()
@@ -165,7 +166,7 @@ def test_ddpm_variances(variance, monkeypatch):
     assert relative(result, x) < TOLERANCE
 
 
-# Schedulers that walk in sigma / alpha: their x is ours divided by alpha. Heun and KDPM2 build interleaved tables.
+# Schedulers that walk in sigma / alpha: their x is ours divided by alpha.
 EXPLODING = {
     "euler": ("EulerDiscreteScheduler", "euler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", "euler_ancestral", {}),

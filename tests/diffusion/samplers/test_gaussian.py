@@ -1,7 +1,8 @@
 """Every sampler on data with a closed-form denoiser: mean and covariance, order of convergence, seeds.
 
-For Gaussian data every step is linear in x and in the noise, so the mean and covariance that a sampler produces can be
-computed exactly (see `Responses` in conftest.py): what is left is the error of its discretization, not of a sample.
+For Gaussian data every step is linear in x and in the noise, so the mean and covariance that a sampler
+produces can be computed exactly (see `Responses` in conftest.py): what is left is the error of its
+discretization, not of a sample.
 """
 
 from __future__ import annotations
@@ -66,11 +67,12 @@ def grid_of(family: str, steps: int) -> Grid:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("sampler", "knobs"), VARIANTS)
 def test_mean_and_covariance(sampler, knobs, family, gaussian, moments_after):
-    """100 steps from the exact start: the covariance to 12 % (order 1) or 5 % (order 2 and more), Frobenius norm.
+    """100 steps from the exact start: the covariance to 12 % (order 1) or 5 % (order 2 and more), Frobenius
+    norm.
 
-    The errors shrink with the square (or first power) of the step; order 2 is mostly below 0.5 %, the largest figure
-    belongs to dpmpp_2m_sde on leading steps, whose last but one is three times as long as its neighbor. The mean is
-    exact, for these walks are affine and start at it.
+    The errors shrink with the square (or first power) of the step; order 2 is mostly below 0.5 %, the largest
+    figure belongs to dpmpp_2m_sde on leading steps, whose last but one is three times as long as its
+    neighbor. The mean is exact, for these walks are affine and start at it.
     """
     grid = grid_of(family, 100)
     mean, covariance = moments_after(gaussian.denoise, grid, sampler, knobs, gaussian.moments(grid.points[0]))
@@ -85,7 +87,8 @@ def test_mean_and_covariance(sampler, knobs, family, gaussian, moments_after):
 def test_parameterizations_agree(sampler, parameterization, family, gaussian, moments_after):
     """A network that predicts eps, v ... must give what the denoiser itself gives, at midpoints too.
 
-    1e-7: x0 = (x - sigma eps) / alpha multiplies float64's 1e-16 by up to 2e4 (cosine), further steps amplify it.
+    1e-7: x0 = (x - sigma eps) / alpha multiplies float64's 1e-16 by up to 2e4 (cosine), further steps amplify
+    it.
     """
     schedule, *_, unembed = FAMILIES[family]
     if parameterization == "eps" and family in PURE_NOISE:
@@ -146,7 +149,7 @@ def observed_order(gaussian, sampler: str, knobs: dict, grids: list[Grid]) -> fl
 @pytest.mark.parametrize(("sampler", "knobs", "order"), ORDERS)
 @pytest.mark.parametrize("family", ["ve", "linear"])
 def test_order_of_convergence(sampler, knobs, order, family, gaussian):
-    """On levels even in log-SNR, from where x0 hardly depends on x, so that low-order first steps do not matter."""
+    """On levels even in log-SNR, from where x0 hardly depends on x: low-order first steps do not matter."""
     schedule, high = {"ve": (VE(), 80.0), "linear": (SCHEDULES["linear"](), 150.0)}[family]
     grids = [by_log_snr(schedule, n, high, 0.05) for n in (80, 160)]
     assert observed_order(gaussian, sampler, knobs, grids) > order - 0.35
@@ -163,7 +166,7 @@ def test_order_in_straight_coordinates(sampler, knobs, order, schedule, gaussian
 @pytest.mark.parametrize(("sampler", "knobs", "order"), [row for row in ORDERS if row[2] > 1])
 @pytest.mark.parametrize("schedule", [Flow(), Flow(shift=3), Cosine()], ids=str)
 def test_better_than_euler_from_pure_noise_to_none(sampler, knobs, order, schedule, gaussian):
-    """From alpha = 0 to sigma = 0 the steps in log-SNR are infinite at both ends; between 1 and 2 is left there."""
+    """From alpha = 0 to sigma = 0 the end steps in log-SNR are infinite, which leaves between 1 and 2."""
     grids = [SPACINGS["linspace"](schedule, n) for n in (80, 160)]
     assert observed_order(gaussian, sampler, knobs, grids) > 1.3
 
