@@ -60,8 +60,12 @@ class Protocol:
     """What is measured, and how pictures are made.
 
     Attributes:
-        training, toneless, held_out: how many captions of each kind, at most.
-        steps, guidance, sampler: of the pictures; the rest is the system's own.
+        training: training captions, at most.
+        toneless: training captions without a skin tone, at most.
+        held_out: held-out captions, at most.
+        steps: of the sampler; what is not named here is the system's own.
+        guidance: scale.
+        sampler: by name.
         batch: pictures made at a time; it does not change them.
     """
 

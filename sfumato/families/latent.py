@@ -90,7 +90,7 @@ def openmoji_autoencoder() -> Recipe:
         task=task,
         data=AUGMENTED,
         optim=replace(MUON, lr_schedule="cosine", warmup=800, final=0.03),
-        trainer=TrainerConfig(images=50_000, batch=16, ema=0.999),
+        trainer=TrainerConfig(images=30_000, batch=16, ema=0.999),
         about=_about("KL autoencoder of 64x64 OpenMoji pictures."),
     )
 

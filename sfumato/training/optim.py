@@ -30,7 +30,10 @@ class OptimConfig:
     Attributes:
         kind: "muon" uses Muon for hidden matrices and AdamW for all else.
         lr: peak learning rate of AdamW.
-        muon_lr, momentum: peak learning rate and momentum of Muon.
+        betas: of AdamW.
+        eps: of AdamW.
+        muon_lr: peak learning rate of Muon.
+        momentum: of Muon.
         weight_decay: of matrices and edges, see `nets.tags`; nothing else decays.
         lr_schedule: "constant", "cosine", or "wsd" (warm-up, stable, linear decay).
         warmup: images over which the learning rate rises linearly.

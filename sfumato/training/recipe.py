@@ -44,6 +44,9 @@ class Recipe:
 
     Attributes:
         name: of the recipe; the run folder is runs/NAME unless `out` says otherwise.
+        task: what is trained, and by which loss.
+        data: which pictures.
+        trainer: how long, and what is written when.
         optim: of the phases of the task that bring none of their own.
         about: goes into what the run produces; an ATTRIBUTION.txt beside the data is added to it.
         out: run folder: recipe.json, log.jsonl, previews/, checkpoints/ and system/, the result.

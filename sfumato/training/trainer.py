@@ -26,12 +26,13 @@ class TrainerConfig:
     """Length and cadence of a run; every count is in images.
 
     Attributes:
-        images: images to see in the whole run.
+        images: to see in the whole run.
         batch: images per step.
         seed: of the data order, the augmentation and all noise.
         ema: final decay per step of the moving average.
-        log_every, preview_every, save_every: images between log lines, sample grids and checkpoints; 0 =
-            only at the end (and no preview at all).
+        log_every: images between log lines; 0 = one at the end.
+        preview_every: images between sample grids, with one at the end; 0 = none.
+        save_every: images between checkpoints; 0 = one at the end.
         keep: checkpoints kept.
         device: "auto" takes an accelerator if there is one.
         quiet: no progress bar.

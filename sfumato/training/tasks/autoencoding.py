@@ -35,10 +35,17 @@ class AutoencodingConfig:
     LPIPS unchanged. A start up to 1 is a fraction of the run, above 1 a number of images.
 
     Attributes:
-        perceptual_net: folder of a trained perceptual net; None = no perceptual loss.
+        net: the autoencoder.
+        discriminator: its critic.
+        perceptual_net: folder of a trained perceptual net, or of a run that trained one; None = no perceptual
+            loss.
+        l1: weight of the mean absolute error.
+        l2: weight of the mean squared error.
+        perceptual: weight of the perceptual distance.
         kl: weight of the KL divergence per latent element; for a KL autoencoder.
         codebook: weight of the quantiser's loss; for a VQ autoencoder.
-        adversarial: weight of the generator's GAN loss after the adaptive weight; 0 = no discriminator.
+        adversarial: weight of the GAN loss after the adaptive weight; 0 = no discriminator.
+        perceptual_start: when the perceptual loss begins.
         adversarial_start: when the GAN loss reaches the autoencoder.
         discriminator_start: when the discriminator begins to learn, at or before that.
         discriminator_optim: its own optimizer.

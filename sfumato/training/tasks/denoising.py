@@ -41,8 +41,10 @@ class DenoisingConfig:
         autoencoder: folder of a trained first stage, or of a run that trained one; None = pixels.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented.
+        schedule: noise over time.
         prediction: a parameterization: eps, x0, v, flow or edm.
         learned_var: the net has twice the channels and learns a variance.
+        objective: times, weights and the rest of the loss.
         dropout: share of captions that are replaced by the empty one, for classifier-free guidance.
         sampling: how previews and the finished system sample unless told otherwise.
         prompts: of the preview; picture i has seed i. Empty = captions of the data.
