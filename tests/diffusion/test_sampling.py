@@ -181,7 +181,7 @@ def test_repaint_walk(name, gaussian, moments_after):
     assert (covariance - gaussian.covariance).norm() / gaussian.covariance.norm() < 0.12
 
 
-# An external score. With data N(mean, C) and y = x_0 + noise of covariance R, grad_x log p(y | x_t) is known in
+# An external score. With data N(mean, C) and y = x_0 + noise of covariance R, grad_x log p(y | x_t) has a
 # closed form, and guided samples must come from the posterior N(mean', C').
 
 
