@@ -40,11 +40,12 @@ def plms(run: Run, x: Tensor, i: int) -> Tensor:
     change = frame.time(after) - frame.time(now)
     if math.isinf(change) or (len(weights) == 1 and math.isnan(run.grid.level(i + 1).t)):
         return first_order(after, denoised)
-    slopes = [frame.slope(past.denoised) for past in reversed(run.history)]
+    recent = list(reversed(run.history))[: len(weights)]
+    slopes = [frame.slope(past.denoised) for past in recent]
     if len(weights) == 1:
         weights = (0.5, 0.5)
         slopes.append(frame.slope(run.between(first_order(after, denoised), run.grid.level(i + 1))))
-    return frame.advance(x, now, after, *((change * w, s) for w, s in zip(weights, slopes, strict=False)))
+    return frame.advance(x, now, after, *((change * w, s) for w, s in zip(weights, slopes, strict=True)))
 
 
 @SAMPLERS("lms")
