@@ -39,7 +39,7 @@ RUNS = Path("runs")
 OPENMOJI = DataConfig(path=Path("data/openmoji"), size=64, split="train")
 # Captions tell left from right ("face facing right"), so only nets that read none are shown flips.
 AUGMENTED = replace(OPENMOJI, flip=True, shift=4)
-TEXT_WIDTH = 256
+TEXT_WIDTH = 192
 SAMPLING = SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(3.0))
 MUON = OptimConfig(
     kind="muon",
@@ -90,7 +90,7 @@ def openmoji_autoencoder() -> Recipe:
         task=task,
         data=AUGMENTED,
         optim=replace(MUON, lr_schedule="cosine", warmup=800, final=0.03),
-        trainer=TrainerConfig(images=30_000, batch=16, ema=0.999),
+        trainer=TrainerConfig(images=50_000, batch=16, ema=0.999),
         about=_about("KL autoencoder of 64x64 OpenMoji pictures."),
     )
 
@@ -98,31 +98,40 @@ def openmoji_autoencoder() -> Recipe:
 @RECIPES("openmoji-dit")
 def openmoji_dit() -> Recipe:
     """A text-to-image DiT on the latents of openmoji-autoencoder, hidden matrices trained by Muon."""
-    net = DiTConfig(width=256, depth=8, heads=4, text_dim=TEXT_WIDTH, pooled_dim=TEXT_WIDTH, qk_norm=True)
+    net = DiTConfig(
+        width=256,
+        depth=7,
+        heads=4,
+        text_dim=TEXT_WIDTH,
+        pooled_dim=TEXT_WIDTH,
+        qk_norm=True,
+        shared_modulation=True,
+    )
     return _denoiser("openmoji-dit", net, MUON)
 
 
 @RECIPES("openmoji-unet")
 def openmoji_unet() -> Recipe:
     """A text-to-image U-Net of Stable Diffusion's shape on the latents of openmoji-autoencoder."""
-    attention = AttentionConfig(kind="transformer", head_dim=32)
+    attention = AttentionConfig(kind="transformer", head_dim=28)
     pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=TEXT_WIDTH),))
     net = UNetConfig(
         in_channels=4,
         out_channels=4,
-        levels=levels(96, (1, 2, 3), 1, attention=attention, at=(0, 1, 2)),
+        levels=levels(56, (1, 2, 3), 1, attention=attention, at=(0, 1, 2)),
         middle=attention,
-        embedding=EmbeddingConfig(time_dim=96, dim=384, extras=(pooled,)),
+        embedding=EmbeddingConfig(time_dim=56, dim=224, extras=(pooled,)),
         tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
+        block=BlockConfig(norm_groups=8),
     )
-    return _denoiser("openmoji-unet", net, replace(MUON, kind="adamw", clip=1.0))
+    return _denoiser("openmoji-unet", net, MUON)
 
 
 def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Recipe:
     """Linear flow with logit-normal times on normalised latent means, text tower trained jointly."""
     task = DenoisingConfig(
         net=net,
-        text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=3, heads=4),
+        text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=2, heads=4),
         autoencoder=RUNS / "openmoji-autoencoder",
         posterior="mean",
         schedule=Flow(multiplier=1000.0),
