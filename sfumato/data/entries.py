@@ -40,7 +40,10 @@ def pictures(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         state = "is not a folder" if directory.exists() else "does not exist"
-        raise ValueError(f"the data folder {directory} {state}; give the folder that holds the pictures")
+        raise ValueError(
+            f"the data folder {directory} {state}; give the folder that holds the pictures, "
+            f"or make one: sfumato data openmoji {directory}"
+        )
     found = (path for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     shown = (path for path in found if not any(p.startswith(".") for p in path.relative_to(directory).parts))
     return sorted(shown, key=lambda path: path.relative_to(directory).parts)
