@@ -16,7 +16,7 @@ STEPS = 8
 BUDGET = 100e-6  # seconds per network call: 1 % of a network of 10 ms
 
 
-# Slow: beside a second worker of the fast suite a core is shared, and even CPU time stretches past the budget.
+# Slow: beside a second worker of the fast suite a core is shared, and even CPU time goes past the budget.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_under_one_percent_of_a_10_ms_network(name):
