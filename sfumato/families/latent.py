@@ -53,6 +53,10 @@ MUON = OptimConfig(
     final=0.02,
     clip=10.0,
 )
+# For denoisers: within 150 seconds small batches and AdamW went further than Muon and than batches of 64.
+ADAMW = OptimConfig(
+    lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, lr_schedule="wsd", warmup=3200, decay=0.35, final=0.02
+)
 
 
 @RECIPES("openmoji-perceptual")
@@ -97,8 +101,9 @@ def openmoji_autoencoder() -> Recipe:
 
 @RECIPES("openmoji-dit")
 def openmoji_dit() -> Recipe:
-    """A text-to-image DiT on the latents of openmoji-autoencoder, hidden matrices trained by Muon."""
+    """A text-to-image DiT on the latents of openmoji-autoencoder, 4x4 of them to a token."""
     net = DiTConfig(
+        patch=4,
         width=256,
         depth=7,
         heads=4,
@@ -107,7 +112,7 @@ def openmoji_dit() -> Recipe:
         qk_norm=True,
         shared_modulation=True,
     )
-    return _denoiser("openmoji-dit", net, MUON)
+    return _denoiser("openmoji-dit", net)
 
 
 @RECIPES("openmoji-unet")
@@ -124,11 +129,15 @@ def openmoji_unet() -> Recipe:
         tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
         block=BlockConfig(norm_groups=8),
     )
-    return _denoiser("openmoji-unet", net, MUON)
+    return _denoiser("openmoji-unet", net)
 
 
-def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Recipe:
-    """Linear flow with logit-normal times on normalised latent means, text tower trained jointly."""
+def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
+    """Linear flow on normalised latent means, text tower trained jointly.
+
+    Times are noisier than usual: below t = 0.85 the noisy latent of so small a set tells which picture it is,
+    and the caption is learned from what lies above. A third of the draws do, not the 4 % of LogitNormal(0, 1).
+    """
     task = DenoisingConfig(
         net=net,
         text=TextTransformerConfig(vocab_size=4096, context=16, width=TEXT_WIDTH, depth=2, heads=4),
@@ -136,7 +145,7 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Rec
         posterior="mean",
         schedule=Flow(multiplier=1000.0),
         prediction="flow",
-        objective=Objective(times=LogitNormal()),
+        objective=Objective(times=LogitNormal(mean=1.0, std=1.2)),
         dropout=0.1,
         sampling=SAMPLING,
         prompts=PROMPTS[:16],
@@ -145,8 +154,8 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig, optim: OptimConfig) -> Rec
         name=name,
         task=task,
         data=replace(OPENMOJI, even="concept"),
-        optim=optim,
-        trainer=TrainerConfig(images=500_000, batch=64, ema=0.999, preview_every=50_000, save_every=25_000),
+        optim=ADAMW,
+        trainer=TrainerConfig(images=600_000, batch=32, ema=0.999, preview_every=50_000, save_every=25_000),
         about=_about("Text-to-image latent diffusion on OpenMoji, 64x64."),
     )
 
