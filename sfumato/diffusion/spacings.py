@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +48,14 @@ def leading(schedule: NoiseSchedule, steps: int, *, offset: int = 0, clean_end: 
 def trailing(schedule: NoiseSchedule, steps: int, *, clean_end: bool = True) -> Grid:
     """Evenly in time from the noisiest level on, without the cleanest.
 
-    On T indices: round(T - k T / steps) - 1 (Lin et al. 2023, arXiv:2305.08891, table 2).
+    On T indices: round(T - k T / steps) - 1 (Lin et al. 2023, arXiv:2305.08891, table 2). Halves fall as in
+    numpy's arange(T, 0, -T / steps), which everyone uses: 48 of 1000 steps visit 936, not 937.
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
     if isinstance(schedule, Discrete):
-        t = torch.round(schedule.steps * (1 - torch.arange(steps, dtype=torch.float64) / steps)) - 1
+        # Rounding gives arange an entry too many for some numbers of steps, 61 of 1000 among them.
+        t = torch.from_numpy(np.arange(schedule.steps, 0, -schedule.steps / steps)[:steps]).round() - 1
     else:
         t = _line(noisy, clean, steps + 1)[:-1]
     return _grid(schedule, t, clean_end)
@@ -63,8 +66,8 @@ def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clea
     """Evenly in time from the noisiest to the cleanest level, the latter only if it has noise (not in flow).
 
     Args:
-        rounding: on a discrete schedule round to whole indices, half to even; False takes fractional ones
-            (k-diffusion).
+        rounding: on a discrete schedule round to whole indices, half to even after numpy's linspace; False
+            takes fractional ones (k-diffusion).
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
@@ -72,7 +75,10 @@ def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clea
         t = _line(noisy, clean, steps)
     else:
         t = _line(noisy, clean, steps + 1)[:-1]
-    return _grid(schedule, t.round() if rounding and isinstance(schedule, Discrete) else t, clean_end)
+    if rounding and isinstance(schedule, Discrete):
+        # torch's line is symmetric; numpy's goes up from 0, and that decides where exact halves fall.
+        t = torch.from_numpy(np.linspace(clean, noisy, steps)).round().flip(0) if steps > 1 else t
+    return _grid(schedule, t, clean_end)
 
 
 @SPACINGS("respaced")

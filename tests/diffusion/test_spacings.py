@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -48,6 +49,31 @@ def check(grid, steps: int) -> None:
         assert (grid.alpha[1:] > grid.alpha[:-1]).all()
     assert (grid.t[1:-1] < grid.t[:-2]).all()
     assert not grid.t[:-1].isnan().any()
+
+
+@pytest.mark.parametrize("total", [1000, 400, 4000])
+def test_halves_are_rounded_as_in_published_code(total):
+    """Steps for which the exact index is k + 1/2, where the order of float operations decides.
+
+    Recorded from diffusers 0.40, DDIMScheduler.set_timesteps.
+    """
+    schedule = SCHEDULES["linear"](steps=total)
+    trailing = {1000: (48, [(3, 936), (15, 686)]), 400: (96, [(3, 386)]), 4000: (960, [(9, 3962)])}
+    linspace = {1000: (103, [(17, 833)]), 400: (183, [(13, 371)]), 4000: (211, [(35, 3333)])}
+    for spacing, (steps, entries) in (("trailing", trailing[total]), ("linspace", linspace[total])):
+        t = SPACINGS[spacing](schedule, steps).t
+        assert [(i, int(t[i])) for i, _ in entries] == entries
+    assert SPACINGS["linspace"](schedule, 1).t[0] == total - 1
+
+
+@pytest.mark.parametrize("total", [1000, 137])
+@given(steps=st.integers(2, 137))
+def test_whole_indices_are_numpys(total, steps):
+    schedule = SCHEDULES["linear"](steps=total)
+    trailing = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+    assert SPACINGS["trailing"](schedule, steps).t[:-1].tolist() == trailing.tolist()
+    even = np.linspace(0, total - 1, steps).round()[::-1]
+    assert SPACINGS["linspace"](schedule, steps).t[:-1].tolist() == even.tolist()
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
