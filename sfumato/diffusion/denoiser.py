@@ -13,7 +13,7 @@ from sfumato.core.types import Conditioning, Denoised, Level, expand
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.schedules import NoiseSchedule
 
-__all__ = ["DenoiseFn", "Denoiser", "Net", "NetOutput", "rebuild"]
+__all__ = ["DenoiseFn", "Denoiser", "Net", "NetOutput", "model_time", "rebuild"]
 
 DenoiseFn = Callable[[Tensor, Level], Denoised]
 
@@ -85,15 +85,30 @@ class Denoiser:
         return Denoised(x0, _weighted(eps_skip, x_t, eps_out, prediction), var)
 
     def _evaluate(self, x_t: Tensor, level: Level, cond: Conditioning, inp: Tensor) -> NetOutput:
-        x = float(inp) * x_t if inp.ndim == 0 else expand(inp, x_t) * x_t
+        x = _scaled(inp, x_t)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(x)], dim=1)
-        t = level.t.to(x_t.device, torch.promote_types(torch.float32, x_t.dtype)).expand(len(x_t))
-        out = self.net(x, t, cond).to(x_t.dtype)
+        out = self.net(x, model_time(x_t, level), cond).to(x_t.dtype)
         if not self.learned_var:
             return NetOutput(out, None)
         prediction, var = out.chunk(2, dim=1)
         return NetOutput(prediction, var)
+
+
+def model_time(x_t: Tensor, level: Level) -> Tensor:
+    """Level.t as a network takes it: (B,) on the device of x_t, float32, or wider where x_t is."""
+    dtype = torch.promote_types(torch.float32, x_t.dtype)
+    if level.t.ndim:
+        return level.t.to(x_t.device, dtype)
+    return torch.full((len(x_t),), float(level.t), dtype=dtype, device=x_t.device)
+
+
+def _scaled(inp: Tensor, x: Tensor) -> Tensor:
+    """inp x for inp of shape () or (B,)."""
+    if inp.ndim:
+        return expand(inp, x) * x
+    factor = float(inp)
+    return x if factor == 1 else factor * x
 
 
 def _noise_weights(level: Level, skip: Tensor, out: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -109,7 +124,10 @@ def _weighted(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> Ten
     """a x + b y for weights of shape () or (B,); () as plain numbers, which no device has to wait for."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim + b.ndim:
         return expand(a, x) * x + expand(b, y) * y
-    return torch.add(float(a) * x, y, alpha=float(b))
+    a, b = float(a), float(b)
+    if a == 0:  # x0 of an x0 network, eps of an eps network
+        return y if b == 1 else b * y
+    return (a * x).add_(y, alpha=b)
 
 
 def rebuild(

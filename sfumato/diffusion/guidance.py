@@ -74,22 +74,23 @@ class CFG:
         both = denoiser.prepare(Conditioning.cat([cond, null]))
 
         def guided(x_t: Tensor, level: Level) -> Denoised:
-            inside = _inside(self.interval, level)
-            if not inside.any():
+            scale = _inside(self.interval, level, self.scale, 1.0)
+            if scale is None:
                 return denoiser(x_t, level, both.map(lambda v: v[: len(x_t)]))
             positive, negative = _rows(denoiser, x_t, level, both, 2)
-            mixed = _mix(negative, positive, self._weight(inside, x_t))
-            if not self.rescale:
+            mixed = _mix(negative, positive, self._weight(scale, x_t))
+            phi = _inside(self.interval, level, self.rescale, 0.0) if self.rescale else None
+            if phi is None:
                 return mixed
-            return _rescaled(mixed, positive, x_t, level, denoiser.parameterization, self.rescale * inside)
+            return _rescaled(mixed, positive, x_t, level, denoiser.parameterization, phi)
 
         return guided
 
-    def _weight(self, inside: Tensor, x_t: Tensor) -> Tensor | float:
-        """The scale where guidance acts and 1 elsewhere, by row and channel of x_t."""
+    def _weight(self, scale: Tensor | float, x_t: Tensor) -> Tensor | float:
+        """The scale by row and channel of x_t: 1 in the channels that are not guided."""
         if self.channels is None:
-            return _where(inside, self.scale, x_t)
-        weight = expand(_column(inside, self.scale), x_t)
+            return _by_row(scale, x_t)
+        weight = expand(torch.as_tensor(scale, dtype=torch.float64), x_t)
         among = torch.arange(x_t.shape[1], device=x_t.device) < self.channels
         return torch.where(among.reshape(1, -1, *[1] * (x_t.ndim - 2)), weight, torch.ones_like(weight))
 
@@ -160,11 +161,9 @@ class AutoGuidance:
         bad = _conditional(self.bad, cond)
 
         def guided(x_t: Tensor, level: Level) -> Denoised:
-            inside = _inside(self.interval, level)
+            scale = _inside(self.interval, level, self.scale, 1.0)
             positive = good(x_t, level)
-            if not inside.any():
-                return positive
-            return _mix(bad(x_t, level), positive, _where(inside, self.scale, x_t))
+            return positive if scale is None else _mix(bad(x_t, level), positive, _by_row(scale, x_t))
 
         return guided
 
@@ -185,8 +184,9 @@ def _conditional(denoiser: Denoiser, cond: Conditioning) -> DenoiseFn:
 
 def _rows(denoiser: Denoiser, x_t: Tensor, level: Level, cond: Conditioning, count: int) -> list[Denoised]:
     """The same x_t under each of `count` conditionings that are stacked in `cond`, from one network call."""
-    stacked = Level(*(torch.cat([v] * count) if v.ndim else v for v in level))
-    out = denoiser(torch.cat([x_t] * count), stacked, cond)
+    if level.t.ndim:
+        level = Level(*(torch.cat([v] * count) for v in level))
+    out = denoiser(torch.cat([x_t] * count), level, cond)
     var = [None] * count if out.var is None else out.var.chunk(count)
     return [Denoised(*row) for row in zip(out.x0.chunk(count), out.eps.chunk(count), var, strict=True)]
 
@@ -203,7 +203,7 @@ def _rescaled(
     x_t: Tensor,
     level: Level,
     parameterization: Parameterization,
-    phi: Tensor,
+    phi: Tensor | float,
 ) -> Denoised:
     """Scale the guided network output F by 1 - phi + phi std(F_cond) / std(F), std per sample.
 
@@ -212,7 +212,7 @@ def _rescaled(
     output = target(parameterization, level, mixed.x0, mixed.eps)
     wanted = target(parameterization, level, cond.x0, cond.eps)
     ratio = wanted.flatten(1).std(dim=1) / output.flatten(1).std(dim=1).clamp_min(1e-12)
-    share = expand(phi, ratio)
+    share = expand(torch.as_tensor(phi), ratio)
     change = expand(1 - share + share * ratio, x_t) * output - output
     c = parameterization(level)
     eps_out = -level.alpha * c.out / level.sigma
@@ -220,18 +220,25 @@ def _rescaled(
     return Denoised(x0, eps, mixed.var, mixed.grad)
 
 
-def _inside(interval: Interval, level: Level) -> Tensor:
+def _inside(interval: Interval, level: Level, value: float, outside: float) -> Tensor | float | None:
+    """`value` if all of a batch is inside the interval, None if nothing is, else (B,) float64 of both.
+
+    A level of shape (), the usual one, costs no tensor operation.
+    """
+    low, high = interval
+    if not level.sigma.ndim:
+        alpha, sigma = float(level.alpha), float(level.sigma)
+        return value if low < sigma / (alpha + sigma) <= high else None
     fraction = noise_fraction(level)
-    return (fraction > interval[0]) & (fraction <= interval[1])
+    inside = (fraction > low) & (fraction <= high)
+    if not inside.any():
+        return None
+    return value if inside.all() else torch.full_like(fraction, outside).masked_fill(inside, value)
 
 
-def _where(inside: Tensor, scale: float, x_t: Tensor) -> Tensor | float:
-    """The scale where inside, else 1; a plain number if all rows are inside (no copy to a device)."""
-    return scale if inside.all() else expand(_column(inside, scale), x_t)
-
-
-def _column(inside: Tensor, scale: float) -> Tensor:
-    return torch.where(inside, torch.full(inside.shape, scale, dtype=torch.float64), 1.0)
+def _by_row(scale: Tensor | float, x_t: Tensor) -> Tensor | float:
+    """A scale (B,) as it broadcasts against x_t; a number as it is, which no device has to wait for."""
+    return expand(scale, x_t) if isinstance(scale, Tensor) else scale
 
 
 def _check_scale(name: str, value: float) -> None:

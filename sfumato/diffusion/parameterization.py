@@ -32,7 +32,7 @@ PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization")
 @PARAMETERIZATIONS("eps")
 def eps(level: Level) -> Coefficients:
     """F = eps, the noise (Ho et al. 2020, arXiv:2006.11239, eq. 12); undefined where alpha = 0."""
-    return Coefficients(1 / level.alpha, -level.sigma / level.alpha, torch.ones_like(level.alpha))
+    return Coefficients(level.alpha.reciprocal(), -level.sigma / level.alpha, torch.ones_like(level.alpha))
 
 
 @PARAMETERIZATIONS("x0")
@@ -55,7 +55,7 @@ def flow(level: Level) -> Coefficients:
     x0 = (x_t - sigma F) / (alpha + sigma), which holds at any level; on a flow schedule alpha + sigma = 1.
     """
     total = level.alpha + level.sigma
-    return Coefficients(1 / total, -level.sigma / total, torch.ones_like(total))
+    return Coefficients(total.reciprocal(), -level.sigma / total, torch.ones_like(total))
 
 
 def edm(sigma_data: float = 0.5) -> Parameterization:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.core.types import Conditioning, Denoised, Level
-from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.denoiser import DenoiseFn, Denoiser, model_time
 from sfumato.diffusion.guidance import CFG, Guidance
 
 __all__ = ["LogProb", "ScoreGuidance", "class_log_prob", "gradient", "score_guided", "similarity"]
@@ -82,7 +82,7 @@ def class_log_prob(classifier: Callable[[Tensor, Tensor], Tensor], label: Tensor
     """
 
     def log_prob(x_t: Tensor, level: Level) -> Tensor:
-        log_p = F.log_softmax(classifier(x_t, _time(x_t, level)), dim=1)
+        log_p = F.log_softmax(classifier(x_t, model_time(x_t, level)), dim=1)
         return log_p.gather(1, label.to(x_t.device)[:, None])[:, 0]
 
     return log_prob
@@ -100,11 +100,7 @@ def similarity(
     """
 
     def log_prob(x_t: Tensor, level: Level) -> Tensor:
-        return temperature * F.cosine_similarity(encoder(x_t, _time(x_t, level)), target.to(x_t), dim=1)
+        return temperature * F.cosine_similarity(encoder(x_t, model_time(x_t, level)), target.to(x_t), dim=1)
 
     return log_prob
 
-
-def _time(x_t: Tensor, level: Level) -> Tensor:
-    """Level.t as a network takes it, (B,): see Denoiser.raw."""
-    return level.t.to(x_t.device, torch.promote_types(torch.float32, x_t.dtype)).expand(len(x_t))

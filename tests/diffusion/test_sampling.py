@@ -145,6 +145,15 @@ def test_not_finite(value, gaussian, start):
         integrate(SAMPLERS["ddim"], run, start)
 
 
+def test_large_is_not_infinite(gaussian):
+    """Values whose sum overflows float32 are finite all the same."""
+    grid = SPACINGS["karras"](VE(), 2)
+    x = torch.full((4, 3), 3e38)
+    end = integrate(lambda run, x, i: x, Run(gaussian.denoise, grid, torch.randn_like), x)
+    assert end.sum().isinf()
+    assert torch.equal(end, x)
+
+
 def test_no_gradients_are_kept(gaussian, start):
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
 

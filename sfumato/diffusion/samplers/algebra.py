@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
-import torch
 from torch import Tensor
 
 from sfumato.core.types import Denoised
@@ -30,7 +30,7 @@ def combine(*terms: tuple[float, Tensor]) -> Tensor:
     (first, x), *rest = terms
     total = first * x
     for weight, term in rest:
-        total = torch.add(total, term, alpha=weight)
+        total.add_(term, alpha=weight)
     return total
 
 
@@ -101,12 +101,15 @@ def lagrange_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[f
     """Integrals of the Lagrange polynomials over `nodes`, if the k-th power integrates to moments[k]."""
     weights = []
     for j, own in enumerate(nodes):
-        coefficients = [1.0]  # of the basis polynomial, lowest power first
+        basis = [1.0]  # coefficients of the basis polynomial, lowest power first
         for k, other in enumerate(nodes):
             if k != j:
-                raised, kept = [0.0, *coefficients], [*coefficients, 0.0]
-                coefficients = [(a - other * b) / (own - other) for a, b in zip(raised, kept, strict=True)]
-        weights.append(sum(c * m for c, m in zip(coefficients, moments, strict=False)))
+                width = own - other
+                basis.append(0.0)
+                for power in range(len(basis) - 1, 0, -1):
+                    basis[power] = (basis[power - 1] - other * basis[power]) / width
+                basis[0] = -other * basis[0] / width
+        weights.append(sum(map(mul, basis, moments)))
     return weights
 
 
@@ -123,8 +126,10 @@ def exponential_moments(h: float, count: int) -> list[float]:
 
 
 def _series(h: float, k: int) -> float:
-    term = total = h / (k + 1)
-    for j in range(k + 2, k + 22):
-        term *= -h / j
+    """Summed until its terms, which shrink by more than |h| / j, change nothing."""
+    term, total, j = h / (k + 1), 0.0, k + 1
+    while total + term != total:
         total += term
+        j += 1
+        term *= -h / j
     return total
