@@ -103,4 +103,3 @@ def similarity(
         return temperature * F.cosine_similarity(encoder(x_t, model_time(x_t, level)), target.to(x_t), dim=1)
 
     return log_prob
-

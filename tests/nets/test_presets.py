@@ -62,8 +62,8 @@ def test_headline_counts() -> None:
         "ddpm-cifar10": 35_746_307,
     }
     assert {name: GOLDEN["unets"][name]["parameters"] for name in headline} == headline
-    # Published files hold more than the U-Net: GLIDE's text tower of 16 layers of width 512 with its tables and
-    # last norm, and Karlo's null image embedding.
+    # Published files hold more than the U-Net: GLIDE's text tower (16 layers of width 512, tables, last
+    # norm) and Karlo's null image embedding.
     tower = 16 * (12 * 512**2 + 13 * 512) + (50_257 + 2 * 128) * 512 + 2 * 512
     files = {
         "glide-base": (385_030_726, tower),
