@@ -21,7 +21,8 @@ DenoiseFn = Callable[[Tensor, Level], Denoised]
 class Net(Protocol):
     """A network: (B, C_in, ...), (B,), conditioning -> (B, C, ...), or (B, 2C, ...) with a learned variance.
 
-    It may also offer `prepare(cond) -> cond`, which computes once what depends on neither x_t nor t.
+    It must not change its arguments. It may also offer `prepare(cond) -> cond`, which computes once what
+    depends on neither x_t nor t.
     """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
