@@ -113,6 +113,7 @@ def test_several_pictures_and_a_sheet(run):
     with Image.open("pics/red-heart-1.png") as one, Image.open("pics/red-heart-0-grid.png") as sheet:
         assert one.size == (24, 16)
         assert sheet.size == (2 * 24 + 2, 2 * 16 + 2)
+        assert sheet.info["Copyright"] == "License: CC0-1.0"
     assert sorted(p.name for p in Path("pics").iterdir()) == sorted(names)
 
 
@@ -218,6 +219,7 @@ def test_reconstruct(run):
     assert 0 < said["psnr_db"] < 60
     with Image.open("small.png") as image:
         assert image.size == (8, 8)
+        assert image.info["Copyright"] == "License: CC0-1.0"
 
 
 def test_info(run, tiny_folder):

@@ -116,7 +116,7 @@ def generate(args: list[str]) -> int:
     drawings = _drawings(flags, system, size, seeds)
     images = _draw_all(system, drawings, paths, show=None if flags.json else _print_path)
     if sheet is not None:
-        _write_sheet(sheet, images)
+        _write_sheet(sheet, images, system)
     unknown = system.unknown_words(f"{flags.prompt} {flags.negative}")
     if flags.json:
         from sfumato.cli.drawing import record_of
@@ -172,7 +172,7 @@ def reconstruct(args: list[str]) -> int:
     system = _load(flags.system, flags.device)
     image = system.reconstruct(original, size=size)
     psnr = _psnr(center_crop(original, (image.height, image.width)), image)
-    save_png(out, image)
+    save_png(out, image, text=system.about.notice)
     if flags.json:
         print(json.dumps({"path": str(out), "psnr_db": None if math.isinf(psnr) else round(psnr, 3)}))
     else:
@@ -236,13 +236,13 @@ def _compare_systems(path: Path, then: object, now: System) -> None:
         )
 
 
-def _write_sheet(path: Path, images: list[Image.Image]) -> None:
+def _write_sheet(path: Path, images: list[Image.Image], system: System) -> None:
     import torch
 
     from sfumato.core.image import from_pil, grid
     from sfumato.core.png import save_png
 
-    save_png(path, grid(torch.stack([from_pil(image) for image in images])))
+    save_png(path, grid(torch.stack([from_pil(image) for image in images])), text=system.about.notice)
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ def evaluate(
         for kind, rows in kinds.items()
     }
     if sheet is not None:
-        save_png(sheet, grid(maker.pictures(PROMPTS, "prompts"), columns=8))
+        save_png(sheet, grid(maker.pictures(PROMPTS, "prompts"), columns=8), text=system.about.notice)
     return OpenMojiResult(
         protocol=protocol,
         system=system.fingerprint,

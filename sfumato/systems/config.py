@@ -52,6 +52,12 @@ class About:
     """Whose data it was trained on; goes with every copy of the weights."""
     data: str = ""
 
+    @property
+    def notice(self) -> dict[str, str]:
+        """PNG text of a picture without a record: whose data it is made from, and under which license."""
+        parts = [self.attribution, f"License: {self.license}" if self.license else ""]
+        return {"Copyright": "\n".join(p for p in parts if p)} if any(parts) else {}
+
 
 class CodecSettings(Protocol):
     """Settings of a codec."""

@@ -11,6 +11,7 @@ from sfumato.core.config import to_json
 from sfumato.core.image import to_pil
 from sfumato.core.png import save_png
 from sfumato.evaluation.openmoji import PROMPTS, Protocol, References, evaluate, retrieval
+from sfumato.systems.config import About
 
 SIZE = 4
 TONE = "dark skin tone"
@@ -44,6 +45,7 @@ class Oracle:
     """A system that answers from a table; captions outside it give the first picture of the set."""
 
     fingerprint = "0123456789abcdef"
+    about = About(license="CC0-1.0", attribution="A. N. Artist")
 
     def __init__(self, answers):
         self.answers = answers
@@ -110,6 +112,7 @@ def test_the_sheet_shows_all_prompts(folder, tmp_path):
     evaluate(Oracle({}), folder, sheet=tmp_path / "sheet.png", progress=lambda *step: told.append(step))
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * (SIZE + 2) - 2, 6 * (SIZE + 2) - 2)
+        assert sheet.info["Copyright"] == "A. N. Artist\nLicense: CC0-1.0"
     assert told[0] == ("references", 8, 8)
     assert told[-1] == ("prompts", 48, 48)
 
