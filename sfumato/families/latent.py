@@ -135,8 +135,8 @@ def openmoji_unet() -> Recipe:
 def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
     """Linear flow on normalised latent means, text tower trained jointly.
 
-    Times are noisier than usual: below t = 0.85 the noisy latent of so small a set tells which picture it is,
-    and the caption is learned from what lies above. A third of the draws do, not the 4 % of LogitNormal(0, 1).
+    Times are noisier than usual: below t = 0.85 a noisy latent of so small a set tells which picture it is,
+    and the caption is learned from what lies above. A third of the draws do, not 4 % as of LogitNormal(0, 1).
     """
     task = DenoisingConfig(
         net=net,
