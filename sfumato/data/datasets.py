@@ -1,4 +1,4 @@
-"""Image folders as training data: read in any order, by rules that do not depend on it."""
+"""Pictures as training data, of folders or shards: read in any order, by rules that do not depend on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sfumato.core.image import from_pil, load
-from sfumato.data.entries import Entry, read_entries
+from sfumato.data.entries import Entry
+from sfumato.data.opening import open_pictures
 from sfumato.data.order import Draw
+from sfumato.data.store import ShardError, ShardStore
 from sfumato.data.transforms import Transform
 
 __all__ = ["ImageFolder", "Sample", "stack"]
@@ -26,7 +28,7 @@ class Sample:
         image: (3, H, W) uint8, after the transform.
         text: caption; None if there is none.
         label: number of the class, or None.
-        path: of the file.
+        name: of the file: its path, or SHARD/MEMBER.
         size: (height, width) of the file's picture, upright, before the transform.
         index: row in the folder; of the picture that was read, if it stands in for a damaged one.
         fields: the other columns of the metadata.
@@ -35,28 +37,31 @@ class Sample:
     image: Tensor
     text: str | None
     label: int | None
-    path: Path
+    name: str
     size: tuple[int, int]
     index: int
     fields: Mapping[str, object]
 
 
 class ImageFolder:
-    """The pictures of a folder with captions, labels and fields; see `entries.read_entries` for the layouts.
+    """Pictures with captions, labels and fields.
+
+    A folder in a layout of `entries.read_entries`, or tar shards as in `shards.read_shards`.
 
     How files of every kind become RGB: `core.image.decode`.
 
     Args:
-        path: of the folder.
+        path: of the folder, or of shards as in `locations.shard_names`.
         transform: applied to each picture; see `data.transforms`.
         where: keep only entries whose fields have these values, such as {"split": "train"}.
+        store: of local copies and indexes of shards; by default one in the user's cache.
 
     Attributes:
         entries: what is known of each picture without opening it.
         classes: names of the labels, if they have names.
         skipped: file -> why it could not be read, of all damaged files met so far.
 
-    Raises: ValueError in one line if the folder or its metadata is wrong, or `where` fits nothing.
+    Raises: ValueError in one line if the folder, its metadata or a shard is wrong, or `where` fits nothing.
     """
 
     def __init__(
@@ -65,14 +70,15 @@ class ImageFolder:
         *,
         transform: Transform | None = None,
         where: Mapping[str, object] | None = None,
+        store: ShardStore | None = None,
     ) -> None:
         self.path = Path(path)
         self.transform = transform
-        entries, self.classes = read_entries(self.path)
+        entries, self.classes = open_pictures(self.path, store)
         for name, value in (where or {}).items():
             entries = _matching(entries, name, value)
         self.entries: tuple[Entry, ...] = tuple(entries)
-        self.skipped: dict[Path, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -88,9 +94,11 @@ class ImageFolder:
 
         Raises: ValueError if one has none.
         """
-        bare = next((entry.path for entry in self.entries if entry.label is None), None)
+        bare = next((entry.file for entry in self.entries if entry.label is None), None)
         if bare is not None:
-            raise ValueError(f"{bare} has no label; give class folders or a 'label' column in the metadata")
+            raise ValueError(
+                f"{bare} has no label; give class folders, a 'label' in the metadata or .cls files"
+            )
         return [entry.label for entry in self.entries if entry.label is not None]
 
     def column(self, name: str) -> list[object]:
@@ -113,7 +121,7 @@ class ImageFolder:
 
         Raises: ValueError in one line if the file is damaged.
         """
-        return self._sample(index, from_pil(load(self.entries[index].path)), seed)
+        return self._sample(index, from_pil(load(self.entries[index].file)), seed)
 
     def draw(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of some draws: `folder.draw(order.take(position, batch))`.
@@ -135,13 +143,15 @@ class ImageFolder:
     def _readable(self, draw: Draw) -> Sample:
         for step in range(len(self)):
             index = (draw.index + step) % len(self)
-            path = self.entries[index].path
-            if path in self.skipped:
+            file = self.entries[index].file
+            if str(file) in self.skipped:
                 continue
             try:
-                image = from_pil(load(path))
+                image = from_pil(load(file))
+            except ShardError:  # thousands of pictures at once: nothing to be passed over
+                raise
             except ValueError as error:
-                self.skipped[path] = str(error)
+                self.skipped[str(file)] = str(error)
             else:
                 return self._sample(index, image, draw.seed)
         raise ValueError(
@@ -154,7 +164,7 @@ class ImageFolder:
             image=self.transform(image, Random(seed)) if self.transform else image,
             text=entry.text,
             label=entry.label,
-            path=entry.path,
+            name=str(entry.file),
             size=(image.shape[1], image.shape[2]),
             index=index,
             fields=entry.fields,
@@ -171,7 +181,7 @@ def stack(samples: Sequence[Sample]) -> Tensor:
     first = samples[0]
     for sample in samples:
         if sample.image.shape != first.image.shape:
-            sizes = " and ".join(f"{s.path} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, sample))
+            sizes = " and ".join(f"{s.name} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, sample))
             raise ValueError(
                 f"pictures of different size cannot form a batch: {sizes}; crop or resize them first"
             )
