@@ -114,13 +114,16 @@ def contents(file: str | PictureFile) -> bytes:
         raise ValueError(f"cannot read the picture {file}: {error.strerror or error}") from None
 
 
-def size_of(data: bytes) -> tuple[int, int] | None:
+def size_of(source: bytes | Path) -> tuple[int, int] | None:
     """(height, width) that `decode` gives, from the header alone; None if there is no header of a picture.
+
+    Args:
+        source: the bytes of a picture file, or its path, of which only the beginning is read.
 
     A PNG whose EXIF chunk comes after its pixels is taken to be upright.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             known = image.format != "PNG" or "exif" in image.info  # else Pillow decodes the file to find it
             turned = known and image.getexif().get(ORIENTATION, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
 from torch import Tensor
 
-from sfumato.core.image import from_pil, load
+from sfumato.core.image import from_pil, load, size_of
 from sfumato.data.entries import Entry
 from sfumato.data.opening import open_pictures
 from sfumato.data.order import Draw
 from sfumato.data.store import ShardError, ShardStore
-from sfumato.data.transforms import Transform
+from sfumato.data.transforms import Transform, View
 
 __all__ = ["ImageFolder", "Sample", "stack"]
 
@@ -30,6 +30,7 @@ class Sample:
         label: number of the class, or None.
         name: of the file: its path, or SHARD/MEMBER.
         size: (height, width) of the file's picture, upright, before the transform.
+        crop: (top, left) of the image within the resized picture; see `transforms.View`.
         index: row in the folder; of the picture that was read, if it stands in for a damaged one.
         fields: the other columns of the metadata.
     """
@@ -39,6 +40,7 @@ class Sample:
     label: int | None
     name: str
     size: tuple[int, int]
+    crop: tuple[int, int]
     index: int
     fields: Mapping[str, object]
 
@@ -101,6 +103,11 @@ class ImageFolder:
             )
         return [entry.label for entry in self.entries if entry.label is not None]
 
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """(height, width) of every picture, upright, from the headers of the files; None where it has none."""
+        return [_size(entry) for entry in self.entries]
+
     def column(self, name: str) -> list[object]:
         """A field of every entry, None where it is absent.
 
@@ -121,7 +128,7 @@ class ImageFolder:
 
         Raises: ValueError in one line if the file is damaged.
         """
-        return self._sample(index, from_pil(load(self.entries[index].file)), seed)
+        return self._sample(index, from_pil(load(self.entries[index].file)), Draw(0, index, seed))
 
     def draw(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of some draws: `folder.draw(order.take(position, batch))`.
@@ -140,32 +147,44 @@ class ImageFolder:
         """
         return stack([self[i] for i in (range(len(self)) if indices is None else indices)])
 
+    def attempt(self, draw: Draw) -> Sample | None:
+        """The sample of a draw; None if its file is damaged, which is noted in `skipped`.
+
+        Raises: ShardError if it lies in a shard that cannot be read.
+        """
+        file = self.entries[draw.index].file
+        if str(file) in self.skipped:
+            return None
+        try:
+            image = from_pil(load(file))
+        except ShardError:  # thousands of pictures at once: nothing to be passed over
+            raise
+        except ValueError as error:
+            self.skipped[str(file)] = str(error)
+            return None
+        return self._sample(draw.index, image, draw)
+
     def _readable(self, draw: Draw) -> Sample:
         for step in range(len(self)):
-            index = (draw.index + step) % len(self)
-            file = self.entries[index].file
-            if str(file) in self.skipped:
-                continue
-            try:
-                image = from_pil(load(file))
-            except ShardError:  # thousands of pictures at once: nothing to be passed over
-                raise
-            except ValueError as error:
-                self.skipped[str(file)] = str(error)
-            else:
-                return self._sample(index, image, draw.seed)
+            sample = self.attempt(replace(draw, index=(draw.index + step) % len(self)))
+            if sample is not None:
+                return sample
         raise ValueError(
             f"none of the {len(self)} pictures in {self.path} can be read; see `sfumato data check`"
         )
 
-    def _sample(self, index: int, image: Tensor, seed: int) -> Sample:
+    def _sample(self, index: int, image: Tensor, draw: Draw) -> Sample:
         entry = self.entries[index]
+        view = View(image, target=draw.size)
+        if self.transform:
+            view = self.transform(view, Random(draw.seed))
         return Sample(
-            image=self.transform(image, Random(seed)) if self.transform else image,
+            image=view.image,
             text=entry.text,
             label=entry.label,
             name=str(entry.file),
             size=(image.shape[1], image.shape[2]),
+            crop=view.crop,
             index=index,
             fields=entry.fields,
         )
@@ -186,6 +205,10 @@ def stack(samples: Sequence[Sample]) -> Tensor:
                 f"pictures of different size cannot form a batch: {sizes}; crop or resize them first"
             )
     return torch.stack([sample.image for sample in samples])
+
+
+def _size(entry: Entry) -> tuple[int, int] | None:
+    return entry.size or (size_of(entry.file) if isinstance(entry.file, Path) else None)
 
 
 def _require_column(entries: Sequence[Entry], name: str) -> None:
