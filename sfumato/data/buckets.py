@@ -43,7 +43,7 @@ def bucket_sizes(side: int, factor: int) -> tuple[Size, ...]:
 
 
 def assign(sizes: Sequence[Size | None], table: Sequence[Size]) -> NDArray[np.int64]:
-    """(N,) the bucket of each picture: that whose ratio of width to height is nearest, on a logarithmic scale.
+    """(N,) the bucket of each picture: that of the nearest ratio of width to height, on a logarithmic scale.
 
     Logarithmic, so that a picture and the same one lying on its side are treated alike. A picture of unknown
     size counts as square.
@@ -61,8 +61,8 @@ class BucketOrder:
     """An endless sequence of batches, each from one bucket; a pure function of (seed, position) like `Order`.
 
     Every bucket is shuffled and gone through again and again by an `Order` of its own, `batch` pictures at a
-    time. What an epoch leaves over in a bucket is no full batch: it is neither dropped nor repeated but begins
-    the bucket's first batch of the next epoch. So all batches are full, and after any number of epochs two
+    time. What an epoch leaves over in a bucket is no full batch: it is neither dropped nor repeated but
+    begins the bucket's first batch of the next epoch. So all batches are full, and after any number of epochs two
     pictures of a bucket were drawn equally often or one time apart. The batches of an epoch come shuffled.
 
     A bucket with fewer pictures than a batch would show them several times in one: it is dissolved, the

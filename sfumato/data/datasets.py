@@ -105,7 +105,7 @@ class ImageFolder:
 
     @property
     def sizes(self) -> list[tuple[int, int] | None]:
-        """(height, width) of every picture, upright, from the headers of the files; None where it has none."""
+        """(height, width) of every picture, upright, from the headers of the files; None if it has none."""
         return [_size(entry) for entry in self.entries]
 
     def column(self, name: str) -> list[object]:

@@ -163,8 +163,8 @@ def check_captions(folder: ImageFolder) -> None:
     bare = sum(not text for text in folder.texts)
     if bare == len(folder):
         raise ValueError(
-            f"no picture of {address(folder.path)} has a caption, and the task learns from text; give a 'text' "
-            "in metadata.jsonl, or a .txt file with the name of each picture"
+            f"no picture of {address(folder.path)} has a caption, and the task learns from text; "
+            "give a 'text' in metadata.jsonl, or a .txt file with the name of each picture"
         )
     if bare:
         LOGGER.warning("%d of %d pictures have no caption; see `sfumato data check`", bare, len(folder))
@@ -176,8 +176,8 @@ def check_labels(folder: ImageFolder, classes: int) -> None:
     if wrong:
         entry = folder.entries[wrong[0]]
         raise ValueError(
-            f"{len(wrong)} of {len(folder)} labels are out of range, the first is {entry.label} of {entry.file}; "
-            f"the net has {classes} classes, so labels go from 0 to {classes - 1}"
+            f"{len(wrong)} of {len(folder)} labels are out of range, the first is {entry.label} of "
+            f"{entry.file}; the net has {classes} classes, so labels go from 0 to {classes - 1}"
         )
 
 

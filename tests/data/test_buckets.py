@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from sfumato.data.buckets import BucketOrder, assign, bucket_sizes
 
 # Podell et al. 2023 (arXiv:2307.01952), appendix I: (height, width) of half the table, the other half turned.
 SDXL = """512 2048, 512 1984, 512 1920, 512 1856, 576 1792, 576 1728, 576 1664, 640 1600, 640 1536, 704 1472,
-704 1408, 704 1344, 768 1344, 768 1280, 832 1216, 832 1152, 896 1152, 896 1088, 960 1088, 960 1024, 1024 1024"""
+704 1408, 704 1344, 768 1344, 768 1280, 832 1216, 832 1152, 896 1152, 896 1088, 960 1088, 960 1024,
+1024 1024"""
 
 shapes = st.lists(
     st.one_of(st.none(), st.tuples(st.integers(1, 400), st.integers(1, 400))), min_size=1, max_size=40
@@ -103,7 +105,7 @@ def test_batches_of_all_buckets_are_mixed():
     order = BucketOrder([(10, 10)] * 64 + [(10, 40)] * 64, bucket_sizes(64, 16), 4, seed=2)
     kinds = [order[position].size for position in range(0, 128, 4)]
     assert Counter(kinds) == {(64, 64): 16, (32, 128): 16}
-    assert sum(a != b for a, b in zip(kinds, kinds[1:], strict=False)) > 8
+    assert sum(a != b for a, b in pairwise(kinds)) > 8
     assert [d.index for d in order.take(0, 128)] != [d.index for d in order.take(128, 128)]
 
 

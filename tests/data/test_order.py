@@ -113,7 +113,7 @@ class TestWrongInput:
 
 
 class TestBlocks:
-    BLOCKS = [row // 7 for row in range(60)]
+    BLOCKS = tuple(row // 7 for row in range(60))
 
     @given(st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 3))
     def test_an_epoch_goes_through_a_few_blocks_at_a_time(self, mix, seed, epoch):

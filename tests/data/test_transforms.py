@@ -80,7 +80,7 @@ def test_wrong_input():
     with pytest.raises(ValueError, match="-1 pixels is not allowed"):
         Shift(-1)
     with pytest.raises(ValueError, match="at least 1 pixel"):
-        CenterCrop(0)(View(PICTURE), Random(0)).image
+        CenterCrop(0)(View(PICTURE), Random(0))
 
 
 @given(st.integers(0, 2**32), st.sampled_from([8, (8, 12), (25, 40)]), st.floats(0.05, 1.0), st.booleans())

@@ -94,7 +94,7 @@ def test_in_memory():
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match="cannot write .*choose a folder you may write to"):
+    with pytest.raises(ValueError, match=r"cannot write .*choose a folder you may write to"):
         TensorCache(tmp_path / "cache").add(items(1))
 
 
