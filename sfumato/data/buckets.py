@@ -62,8 +62,9 @@ class BucketOrder:
 
     Every bucket is shuffled and gone through again and again by an `Order` of its own, `batch` pictures at a
     time. What an epoch leaves over in a bucket is no full batch: it is neither dropped nor repeated but
-    begins the bucket's first batch of the next epoch. So all batches are full, and after any number of epochs two
-    pictures of a bucket were drawn equally often or one time apart. The batches of an epoch come shuffled.
+    begins the bucket's first batch of the next epoch. So all batches are full, and after any number of epochs
+    two pictures of a bucket were drawn equally often or one time apart. The batches of an epoch come
+    shuffled.
 
     A bucket with fewer pictures than a batch would show them several times in one: it is dissolved, the
     smallest first, and its pictures move to the nearest bucket that is left.

@@ -116,7 +116,7 @@ class _Encoding:
         self._about = fingerprint(net, net.config), repr(folder.transform), REVISION
 
     def run(self, source: dict[int, int]) -> None:
-        """Fill the cache for rows, each with a picture of its own or of another row; damaged ones get no key."""
+        """Fill the cache for rows, each with its own picture or that of another; damaged ones get no key."""
         self.cache.add(self._fresh(source))
 
     def _fresh(self, source: dict[int, int]) -> Iterator[tuple[str, Fields]]:
