@@ -28,10 +28,13 @@ class OpenMoji:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Open every picture of a folder and report sizes, missing captions, damaged files and duplicates."""
+    """Open every picture of a folder or of tar shards; report sizes, captions, damage and duplicates."""
 
     directory: Positional[Path]
-    """Image folder: class folders, metadata.jsonl, metadata.csv or .txt files beside the pictures."""
+    """Image folder: class folders, metadata.jsonl, metadata.csv or .txt files beside the pictures. Or tar
+    shards: a folder of them, 'shards/*.tar', 'shards/{000..009}.tar.gz', s3://bucket/{000..009}.tar."""
+    cache: Path | None = None
+    """Folder of indexes and copies of shards; by default one in the user's cache."""
     json: bool = False
     """Print JSON."""
 
@@ -42,7 +45,7 @@ def data(args: list[str]) -> int:
         print(
             "usage: sfumato data {openmoji,check} ...\n\n"
             "  openmoji DIR  Render the OpenMoji set into an image folder with captions.\n"
-            "  check DIR     Report on a folder of pictures.\n\n"
+            "  check DIR     Report on a folder of pictures, or on tar shards.\n\n"
             "More about one: sfumato data check --help"
         )
         return 0
@@ -64,15 +67,16 @@ def openmoji(args: list[str]) -> int:
 def check(args: list[str]) -> int:
     """`sfumato data check`."""
     from sfumato.data.check import check as examine
+    from sfumato.data.store import ShardStore
 
     flags = parse(Check, "data check", args)
     with _progress("reading") as told:
-        report = examine(flags.directory, progress=told)
+        report = examine(flags.directory, store=ShardStore(flags.cache), progress=told)
     print(json.dumps(report.as_dict(), indent=1) if flags.json else "\n".join(report.lines()))
     if not report.ok:
         name, why = next(iter(report.failed.items()))
         raise ValueError(
-            f"{len(report.failed)} of {report.count} pictures in {flags.directory} cannot be read, "
+            f"{len(report.failed)} of {report.count} pictures in {report.directory} cannot be read, "
             f"the first is {name} ({why}); replace or remove them"
         )
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor
 
 __all__ = [
     "EXTENSIONS",
+    "PictureFile",
     "center_crop",
+    "contents",
     "cover",
     "decode",
     "from_pil",
     "grid",
     "load",
     "resize",
+    "size_of",
     "to_float",
     "to_pil",
     "to_rgb",
@@ -36,6 +40,13 @@ EXTENSIONS = frozenset(
 """Lower-case file endings that count as pictures."""
 
 WHITE = (255, 255, 255)
+ORIENTATION = 0x0112  # EXIF tag; 5 and more exchange height and width
+
+
+class PictureFile(Protocol):
+    """A file on disk (a `Path`) or within an archive; `str` names it in messages."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -82,18 +93,44 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
 
 
-def load(path: str | Path) -> Image.Image:
+def load(file: str | PictureFile) -> Image.Image:
     """Read a picture as "RGB" by the rules of `decode`.
 
     Raises: ValueError in one line with the path, if the file is absent, damaged or of an unknown format.
     """
+    return decode(contents(file), name=str(file))
+
+
+def contents(file: str | PictureFile) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises: ValueError in one line with the path, if it is absent or cannot be read.
+    """
     try:
-        data = Path(path).read_bytes()
+        return (Path(file) if isinstance(file, str) else file).read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"there is no picture at {path}") from None
+        raise ValueError(f"there is no picture at {file}") from None
     except OSError as error:
-        raise ValueError(f"cannot read the picture {path}: {error.strerror or error}") from None
-    return decode(data, name=str(path))
+        raise ValueError(f"cannot read the picture {file}: {error.strerror or error}") from None
+
+
+def size_of(source: bytes | Path) -> tuple[int, int] | None:
+    """(height, width) that `decode` gives, from the header alone; None if there is no header of a picture.
+
+    Args:
+        source: the bytes of a picture file, or its path, of which only the beginning is read.
+
+    A PNG whose EXIF chunk comes after its pixels is taken to be upright.
+    """
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            known = image.format != "PNG" or "exif" in image.info  # else Pillow decodes the file to find it
+            turned = known and image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises a dozen types on damaged files; `decode` tells the reason
+        return None
 
 
 def decode(data: bytes, *, name: str = "picture") -> Image.Image:

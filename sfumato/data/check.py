@@ -1,9 +1,10 @@
-"""What is in an image folder, and what is wrong with it."""
+"""What is in an image folder or in shards, and what is wrong with it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,18 +12,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.core.image import decode
-from sfumato.data.entries import Entry, pictures, read_entries
+from sfumato.core.image import PictureFile, decode
+from sfumato.data.entries import Entry, pictures
+from sfumato.data.locations import address
+from sfumato.data.opening import open_pictures
+from sfumato.data.store import ShardError, ShardStore
 
 __all__ = ["Report", "check"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The findings of `check`; all paths are relative to the folder.
+    """The findings of `check`; paths are relative to the folder, if it is one.
 
     Attributes:
-        directory: that was checked.
+        directory: that was checked, or the pattern of the shards.
         count: entries, readable or not.
         sizes: "WIDTHxHEIGHT" -> pictures, upright, most frequent first.
         formats: "PNG RGBA" and so on -> pictures.
@@ -71,37 +75,49 @@ class Report:
         return found
 
 
-def check(directory: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Open every picture of a folder and report.
+def check(
+    directory: str | Path,
+    *,
+    store: ShardStore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Open every picture of a data path and report.
 
     Args:
-        directory: in a layout of `entries.read_entries`.
+        directory: a folder or shards, as in `opening.open_pictures`.
+        store: of local copies and indexes of shards; by default one in the user's cache.
         progress: told (pictures done, pictures in all).
 
-    Raises: ValueError in one line if the folder is absent or empty, or its metadata is malformed.
+    Raises: ValueError in one line if there are no pictures, or metadata or a shard as a whole are damaged.
     """
-    directory = Path(directory)
-    entries, classes = read_entries(directory, allow_missing=True)
+    entries, classes = open_pictures(directory, store, allow_missing=True)
+    base = address(directory)
     findings = _Findings()
     for done, entry in enumerate(entries, 1):
-        findings.add(entry.path.relative_to(directory).as_posix(), entry.path)
+        findings.add(_name(base, entry.file), entry.file)
         if progress:
             progress(done, len(entries))
-    listed = {entry.path for entry in entries}
     name_of = {i: name for i, name in enumerate(classes)}
     labels = Counter(name_of.get(e.label, str(e.label)) for e in entries if e.label is not None)
     return Report(
-        directory=str(directory),
+        directory=base,
         count=len(entries),
         sizes=dict(findings.sizes.most_common()),
         formats=dict(findings.formats.most_common()),
         classes=dict(sorted(labels.items())),
-        uncaptioned=tuple(_names(directory, (e for e in entries if e.text is None))),
+        uncaptioned=tuple(_name(base, e.file) for e in entries if e.text is None),
         failed=findings.failed,
-        unlisted=tuple(p.relative_to(directory).as_posix() for p in pictures(directory) if p not in listed),
+        unlisted=tuple(_unlisted(base, entries)),
         same_file=_groups(findings.by_bytes),
         same_pixels=_groups(findings.by_pixels),
     )
+
+
+def _unlisted(base: str, entries: Sequence[Entry]) -> Iterator[str]:
+    """Picture files that lie in the folder and are not read."""
+    if all(isinstance(entry.file, Path) for entry in entries):
+        listed = {entry.file for entry in entries}
+        yield from (_name(base, path) for path in pictures(Path(base)) if path not in listed)
 
 
 class _Findings:
@@ -114,16 +130,18 @@ class _Findings:
         self.by_bytes: dict[bytes, list[str]] = defaultdict(list)
         self.by_pixels: dict[bytes, list[str]] = defaultdict(list)
 
-    def add(self, name: str, path: Path) -> None:
+    def add(self, name: str, file: PictureFile) -> None:
         try:
-            data = path.read_bytes()
+            data = file.read_bytes()
             image = decode(data, name=name)
         except FileNotFoundError:
             self.failed[name] = "the metadata names it but there is no such file"
         except OSError as error:
             self.failed[name] = error.strerror or str(error)
+        except ShardError:
+            raise
         except ValueError as error:
-            self.failed[name] = str(error).removeprefix(f"cannot read the picture {name}: ")
+            self.failed[name] = re.sub(r"^cannot \w+ the picture .*?: ", "", str(error))
         else:
             with Image.open(io.BytesIO(data)) as header:
                 self.formats[f"{header.format} {header.mode}"] += 1
@@ -135,8 +153,8 @@ class _Findings:
             twins.append(name)
 
 
-def _names(directory: Path, entries: Iterator[Entry]) -> Iterator[str]:
-    return (entry.path.relative_to(directory).as_posix() for entry in entries)
+def _name(base: str, file: PictureFile) -> str:
+    return file.relative_to(base).as_posix() if isinstance(file, Path) else str(file).removeprefix(f"{base}/")
 
 
 def _groups(by: dict[bytes, list[str]]) -> tuple[tuple[str, ...], ...]:

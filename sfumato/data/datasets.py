@@ -1,19 +1,21 @@
-"""Image folders as training data: read in any order, by rules that do not depend on it."""
+"""Pictures as training data, of folders or shards: read in any order, by rules that do not depend on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
 from torch import Tensor
 
-from sfumato.core.image import from_pil, load
-from sfumato.data.entries import Entry, read_entries
+from sfumato.core.image import from_pil, load, size_of
+from sfumato.data.entries import Entry
+from sfumato.data.opening import open_pictures
 from sfumato.data.order import Draw
-from sfumato.data.transforms import Transform
+from sfumato.data.store import ShardError, ShardStore
+from sfumato.data.transforms import Transform, View
 
 __all__ = ["ImageFolder", "Sample", "stack"]
 
@@ -26,8 +28,9 @@ class Sample:
         image: (3, H, W) uint8, after the transform.
         text: caption; None if there is none.
         label: number of the class, or None.
-        path: of the file.
+        name: of the file: its path, or SHARD/MEMBER.
         size: (height, width) of the file's picture, upright, before the transform.
+        crop: (top, left) of the image within the resized picture; see `transforms.View`.
         index: row in the folder; of the picture that was read, if it stands in for a damaged one.
         fields: the other columns of the metadata.
     """
@@ -35,28 +38,32 @@ class Sample:
     image: Tensor
     text: str | None
     label: int | None
-    path: Path
+    name: str
     size: tuple[int, int]
+    crop: tuple[int, int]
     index: int
     fields: Mapping[str, object]
 
 
 class ImageFolder:
-    """The pictures of a folder with captions, labels and fields; see `entries.read_entries` for the layouts.
+    """Pictures with captions, labels and fields.
+
+    A folder in a layout of `entries.read_entries`, or tar shards as in `shards.read_shards`.
 
     How files of every kind become RGB: `core.image.decode`.
 
     Args:
-        path: of the folder.
+        path: of the folder, or of shards as in `locations.shard_names`.
         transform: applied to each picture; see `data.transforms`.
         where: keep only entries whose fields have these values, such as {"split": "train"}.
+        store: of local copies and indexes of shards; by default one in the user's cache.
 
     Attributes:
         entries: what is known of each picture without opening it.
         classes: names of the labels, if they have names.
         skipped: file -> why it could not be read, of all damaged files met so far.
 
-    Raises: ValueError in one line if the folder or its metadata is wrong, or `where` fits nothing.
+    Raises: ValueError in one line if the folder, its metadata or a shard is wrong, or `where` fits nothing.
     """
 
     def __init__(
@@ -65,14 +72,15 @@ class ImageFolder:
         *,
         transform: Transform | None = None,
         where: Mapping[str, object] | None = None,
+        store: ShardStore | None = None,
     ) -> None:
         self.path = Path(path)
         self.transform = transform
-        entries, self.classes = read_entries(self.path)
+        entries, self.classes = open_pictures(self.path, store)
         for name, value in (where or {}).items():
             entries = _matching(entries, name, value)
         self.entries: tuple[Entry, ...] = tuple(entries)
-        self.skipped: dict[Path, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -88,10 +96,17 @@ class ImageFolder:
 
         Raises: ValueError if one has none.
         """
-        bare = next((entry.path for entry in self.entries if entry.label is None), None)
+        bare = next((entry.file for entry in self.entries if entry.label is None), None)
         if bare is not None:
-            raise ValueError(f"{bare} has no label; give class folders or a 'label' column in the metadata")
+            raise ValueError(
+                f"{bare} has no label; give class folders, a 'label' in the metadata or .cls files"
+            )
         return [entry.label for entry in self.entries if entry.label is not None]
+
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """(height, width) of every picture, upright, from the headers of the files; None if it has none."""
+        return [_size(entry) for entry in self.entries]
 
     def column(self, name: str) -> list[object]:
         """A field of every entry, None where it is absent.
@@ -113,7 +128,7 @@ class ImageFolder:
 
         Raises: ValueError in one line if the file is damaged.
         """
-        return self._sample(index, from_pil(load(self.entries[index].path)), seed)
+        return self._sample(index, from_pil(load(self.entries[index].file)), Draw(0, index, seed))
 
     def draw(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of some draws: `folder.draw(order.take(position, batch))`.
@@ -132,30 +147,44 @@ class ImageFolder:
         """
         return stack([self[i] for i in (range(len(self)) if indices is None else indices)])
 
+    def attempt(self, draw: Draw) -> Sample | None:
+        """The sample of a draw; None if its file is damaged, which is noted in `skipped`.
+
+        Raises: ShardError if it lies in a shard that cannot be read.
+        """
+        file = self.entries[draw.index].file
+        if str(file) in self.skipped:
+            return None
+        try:
+            image = from_pil(load(file))
+        except ShardError:  # thousands of pictures at once: nothing to be passed over
+            raise
+        except ValueError as error:
+            self.skipped[str(file)] = str(error)
+            return None
+        return self._sample(draw.index, image, draw)
+
     def _readable(self, draw: Draw) -> Sample:
         for step in range(len(self)):
-            index = (draw.index + step) % len(self)
-            path = self.entries[index].path
-            if path in self.skipped:
-                continue
-            try:
-                image = from_pil(load(path))
-            except ValueError as error:
-                self.skipped[path] = str(error)
-            else:
-                return self._sample(index, image, draw.seed)
+            sample = self.attempt(replace(draw, index=(draw.index + step) % len(self)))
+            if sample is not None:
+                return sample
         raise ValueError(
             f"none of the {len(self)} pictures in {self.path} can be read; see `sfumato data check`"
         )
 
-    def _sample(self, index: int, image: Tensor, seed: int) -> Sample:
+    def _sample(self, index: int, image: Tensor, draw: Draw) -> Sample:
         entry = self.entries[index]
+        view = View(image, target=draw.size)
+        if self.transform:
+            view = self.transform(view, Random(draw.seed))
         return Sample(
-            image=self.transform(image, Random(seed)) if self.transform else image,
+            image=view.image,
             text=entry.text,
             label=entry.label,
-            path=entry.path,
+            name=str(entry.file),
             size=(image.shape[1], image.shape[2]),
+            crop=view.crop,
             index=index,
             fields=entry.fields,
         )
@@ -171,11 +200,15 @@ def stack(samples: Sequence[Sample]) -> Tensor:
     first = samples[0]
     for sample in samples:
         if sample.image.shape != first.image.shape:
-            sizes = " and ".join(f"{s.path} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, sample))
+            sizes = " and ".join(f"{s.name} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, sample))
             raise ValueError(
                 f"pictures of different size cannot form a batch: {sizes}; crop or resize them first"
             )
     return torch.stack([sample.image for sample in samples])
+
+
+def _size(entry: Entry) -> tuple[int, int] | None:
+    return entry.size or (size_of(entry.file) if isinstance(entry.file, Path) else None)
 
 
 def _require_column(entries: Sequence[Entry], name: str) -> None:

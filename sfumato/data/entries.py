@@ -1,35 +1,39 @@
-"""What an image folder says of its pictures, before any is opened: captions, labels, further fields."""
+"""What is known of pictures before any is opened: captions, labels, fields; and how folders tell it."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sfumato.core.image import EXTENSIONS
+from sfumato.core.image import EXTENSIONS, PictureFile
 
-__all__ = ["Entry", "pictures", "read_entries"]
+__all__ = ["Entry", "number_labels", "pictures", "read_entries"]
 
 Row = tuple[int, Mapping[str, object]]  # line number in the metadata file, from 1, and its columns
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One picture of a folder.
+    """One picture.
 
     Attributes:
-        path: of the file.
+        file: its path, or the member of a shard.
         text: caption; None if there is none or it is blank.
         label: number of the class, from 0.
+        size: (height, width), upright, if it is known without opening the file.
+        block: number of the shard that holds it; 0 in a folder.
         fields: the other columns of the metadata.
     """
 
-    path: Path
+    file: PictureFile
     text: str | None = None
     label: int | None = None
+    size: tuple[int, int] | None = None
+    block: int = 0
     fields: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -71,7 +75,7 @@ def read_entries(directory: Path, *, allow_missing: bool = False) -> tuple[list[
         raise ValueError(f"{directory} has both metadata.jsonl and metadata.csv; remove one")
     for name, path in found.items():
         entries, classes = _from_rows(path, list(_READERS[name](path)))
-        gone = [e.path for e in entries if not e.path.is_file()]
+        gone = [e.file for e in entries if not Path(str(e.file)).is_file()]
         if gone and not allow_missing:
             raise ValueError(f"{path} names {len(gone)} files that do not exist, the first is {gone[0]}")
         if not entries:
@@ -88,7 +92,7 @@ def _from_tree(directory: Path, files: list[Path]) -> tuple[list[Entry], tuple[s
     classes = sorted({parts[0] for parts in tops}) if all(len(parts) > 1 for parts in tops) else []
     number = {name: i for i, name in enumerate(classes)}
     entries = [
-        Entry(path=path, text=_sidecar(path), label=number.get(parts[0]))
+        Entry(file=path, text=_sidecar(path), label=number.get(parts[0]))
         for path, parts in zip(files, tops, strict=True)
     ]
     return entries, tuple(classes)
@@ -106,10 +110,10 @@ def _from_rows(path: Path, rows: list[Row]) -> tuple[list[Entry], tuple[str, ...
         if name in names:
             raise ValueError(f"{path}:{line}: {name!r} was already named in line {names[name]}")
         names[name] = line
-    labels, classes = _labels(path, rows)
+    labels, classes = number_labels([row.get("label") for _, row in rows], lambda i: f"{path}:{rows[i][0]}")
     entries = [
         Entry(
-            path=path.parent / name,
+            file=path.parent / name,
             text=_text(row, f"{path}:{line}"),
             label=label,
             fields={k: v for k, v in row.items() if k not in ("file_name", "text", "label")},
@@ -138,27 +142,37 @@ def _text(row: Mapping[str, object], where: str) -> str | None:
     return text if text and text.strip() else None
 
 
-def _labels(path: Path, rows: list[Row]) -> tuple[list[int | None], tuple[str, ...]]:
-    given = [(line, row["label"]) for line, row in rows if row.get("label") not in (None, "")]
-    for line, value in given:
+def number_labels(
+    values: Sequence[object], where: Callable[[int], str]
+) -> tuple[list[int | None], tuple[str, ...]]:
+    """Labels as numbers, and the names of the classes if they were given by name.
+
+    Names are numbered in sorted order; names that are all digits are numbers.
+
+    Args:
+        values: one for each picture; None or "" where there is none.
+        where: says which picture the i-th value belongs to.
+
+    Raises: ValueError in one line if a label is neither a number from 0 nor a name, or both occur.
+    """
+    given = [(i, value) for i, value in enumerate(values) if value not in (None, "")]
+    for i, value in given:
         number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if not number and not isinstance(value, str):
-            raise ValueError(f"{path}:{line}: label must be a number from 0 or a name, not {value!r}")
+            raise ValueError(f"{where(i)}: label must be a number from 0 or a name, not {value!r}")
         if type(value) is not type(given[0][1]):
             raise ValueError(
-                f"{path}:{line}: label {value!r} must be a {type(given[0][1]).__name__} like those before it"
+                f"{where(i)}: label {value!r} must be a {type(given[0][1]).__name__} like those before it"
             )
     named = sorted({value for _, value in given if isinstance(value, str)})
     if all(name.isdecimal() for name in named):  # a CSV file has no other way to write numbers
         named = []
     number_of = {name: i for i, name in enumerate(named)}
-    values = dict(given)
-    labels = [_number(values.get(line), number_of) for line, _ in rows]
-    return labels, tuple(named)
+    return [_number(value, number_of) for value in values], tuple(named)
 
 
 def _number(value: object, number_of: Mapping[str, int]) -> int | None:
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return number_of[value] if number_of else int(value)
     return value if isinstance(value, int) else None
 

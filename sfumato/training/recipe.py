@@ -27,6 +27,8 @@ FREE = frozenset(
     {
         "out",
         "data.path",
+        "data.cache",
+        "data.cache_gb",
         "trainer.images",
         "trainer.log_every",
         "trainer.preview_every",

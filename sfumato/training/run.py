@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,13 +44,12 @@ def train(recipe: Recipe) -> Path:
     place = _place(recipe)
     _claim(recipe)
     devices = [place.device] if place.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _damage_listed(place), torch.random.fork_rng(devices=devices):
         torch.manual_seed(recipe.trainer.seed)
         job = build(recipe, place)
         trainer = _trainer(recipe, job, place)
         with trainer.log:
             trainer.fit()
-    _report_damage(place)
     return place.out / "system"
 
 
@@ -115,9 +115,17 @@ def _card(recipe: Recipe, about: About) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _report_damage(place: Place) -> None:
-    """List the files that were passed over, if any."""
-    if skipped := {str(path): reason for path, reason in place.pictures.skipped.items()}:
+@contextlib.contextmanager
+def _damage_listed(place: Place) -> Iterator[None]:
+    """List the files that were passed over, if any, also when they were too many to go on."""
+    try:
+        yield
+    finally:
+        _list_damage(place)
+
+
+def _list_damage(place: Place) -> None:
+    if skipped := place.pictures.skipped:
         write_whole(place.out / "skipped.json", (json.dumps(skipped, indent=1) + "\n").encode())
         LOGGER.warning(
             "%d of %d pictures were damaged and passed over; listed in %s",

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sfumato.data.check import check
+from sfumato.data.store import ShardStore
 
 
 def noise(seed, height=8, width=6, channels=3):
@@ -91,3 +92,22 @@ def test_wrong_folder(tmp_path):
         check(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no pictures"):
         check(tmp_path)
+
+
+def test_shards(tmp_path, write_shard, picture):
+    members = {"a.png": picture(1), "a.txt": "one", "a.cls": "3", "b.png": picture(2)[:60]}
+    write_shard(tmp_path / "s" / "0.tar", members)
+    write_shard(
+        tmp_path / "s" / "1.tar.gz", {"c.jpg": picture(3, kind="JPEG"), "d.png": picture(1), "d.json": "["}
+    )
+    write_shard(tmp_path / "s" / "2.tar", {"e.png": picture(1), "e.cls": "0"})
+    report = check(tmp_path / "s", store=ShardStore(tmp_path / "store"))
+    assert report.count == 5
+    assert report.sizes == {"8x8": 3}
+    assert report.classes == {"0": 1, "3": 1}
+    assert list(report.failed) == ["0.tar/b.png", "1.tar.gz/d.png"]
+    assert report.failed["1.tar.gz/d.png"].startswith("its .json is not JSON")
+    assert "truncated" in report.failed["0.tar/b.png"]
+    assert report.uncaptioned == ("0.tar/b.png", "1.tar.gz/c.jpg", "1.tar.gz/d.png", "2.tar/e.png")
+    assert report.same_file == (("0.tar/a.png", "2.tar/e.png"),)
+    assert report.unlisted == ()

@@ -28,7 +28,7 @@ def jsonl(folder, *rows):
 
 
 def told(entries):
-    return [(e.path.name, e.text, e.label, dict(e.fields)) for e in entries]
+    return [(e.file.name, e.text, e.label, dict(e.fields)) for e in entries]
 
 
 def test_pictures_are_sorted_and_hidden_ones_ignored(folder):
@@ -119,7 +119,7 @@ class TestJsonl:
 
     def test_missing_files_are_kept_on_request(self, folder):
         entries, _ = read_entries(jsonl(folder, {"file_name": "gone.png"}), allow_missing=True)
-        assert [e.path.name for e in entries] == ["gone.png"]
+        assert [e.file.name for e in entries] == ["gone.png"]
 
 
 class TestCsv:

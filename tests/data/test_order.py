@@ -110,3 +110,38 @@ class TestWrongInput:
     def test_before_the_beginning(self):
         with pytest.raises(IndexError, match="-1"):
             Order(3)[-1]
+
+
+class TestBlocks:
+    BLOCKS = tuple(row // 7 for row in range(60))
+
+    @given(st.integers(1, 12), st.integers(0, 2**40), st.integers(0, 3))
+    def test_an_epoch_goes_through_a_few_blocks_at_a_time(self, mix, seed, epoch):
+        rows = Order(60, seed=seed, blocks=self.BLOCKS, mix=mix).epoch(epoch)
+        assert sorted(rows) == list(range(60))
+        seen = [self.BLOCKS[row] for row in rows]
+        spans = {block: (seen.index(block), len(seen) - seen[::-1].index(block)) for block in set(seen)}
+        at_hand = [sum(first <= place < last for first, last in spans.values()) for place in range(60)]
+        assert max(at_hand) <= mix
+
+    def test_blocks_and_their_rows_are_shuffled(self):
+        order = Order(60, seed=1, blocks=self.BLOCKS, mix=2)
+        epochs = [list(order.epoch(number)) for number in range(2)]
+        assert [self.BLOCKS[row] for row in epochs[0]] != [self.BLOCKS[row] for row in epochs[1]]
+        first = [row for row in epochs[0] if self.BLOCKS[row] == 3]
+        assert first != sorted(first)
+        assert Order(60, seed=1, blocks=self.BLOCKS, mix=2)[70] == order[70]
+
+    def test_all_are_mixed_unless_told_otherwise(self):
+        assert list(Order(60, seed=1, blocks=self.BLOCKS).epoch(0)) == list(Order(60, seed=1).epoch(0))
+
+    def test_shares_stay_what_they_are(self):
+        groups = [row % 3 == 0 for row in range(60)]
+        rows = Order(60, seed=1, groups=groups, blocks=self.BLOCKS, mix=2).epoch(0)
+        assert sum(groups[row] for row in rows) == 30
+
+    def test_wrong_input(self):
+        with pytest.raises(ValueError, match="0 blocks cannot be mixed"):
+            Order(60, blocks=self.BLOCKS, mix=0)
+        with pytest.raises(ValueError, match="3 blocks for 60 rows"):
+            Order(60, blocks=[1, 2, 3], mix=1)

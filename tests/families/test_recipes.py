@@ -226,6 +226,15 @@ def test_damaged_pictures_are_listed_beside_the_run(pictures, tmp_path, caplog):
     assert "1 of 132 pictures were damaged" in caplog.text
 
 
+def test_damage_that_stops_a_run_is_listed_too(pictures, tmp_path):
+    for i in range(12):
+        (pictures / f"{i}.png").write_bytes(b"no picture" if i else (pictures / "0.png").read_bytes())
+    recipe = toy("toy-perceptual", pictures, tmp_path, images=140)
+    with pytest.raises(ValueError, match="pictures are damaged, more than 1 %"):
+        train(recipe)
+    assert len(json.loads((recipe.folder / "skipped.json").read_text())) > 1
+
+
 def _stop_at(images: int, recipe: Recipe) -> None:
     """Train until a checkpoint at `images`, then fail as a power cut does."""
     from sfumato.training.state import Checkpoints

@@ -26,7 +26,7 @@ from sfumato.systems.config import (
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import assemble
 from sfumato.text.tokenizers import Tokenizer
-from sfumato.training.batches import Batch, open_folder, order_of
+from sfumato.training.batches import Batch, check_captions, open_folder
 from sfumato.training.jobs.job import Job, Place, picture_batches, settle, spread, trained
 from sfumato.training.latents import LatentBatches, encode_folder, statistics
 from sfumato.training.recipe import Recipe
@@ -108,7 +108,12 @@ def _stage(config: DenoisingConfig, source: Source) -> StageConfig:
 
 
 def _source(recipe: Recipe, config: DenoisingConfig, place: Place) -> Source:
-    """Pictures, cached latents, or pictures that become latents as they are drawn."""
+    """Pictures, cached latents, or pictures that become latents as they are drawn.
+
+    Raises: ValueError in one line if captions are wanted and there are none, or sizes do not fit.
+    """
+    if config.text is not None:
+        check_captions(place.pictures)
     size, pictures = recipe.data.size, picture_batches(recipe, place)
     if config.autoencoder is None:
         return Source(PixelsConfig(), (3, size, size), pictures, {})
@@ -116,19 +121,23 @@ def _source(recipe: Recipe, config: DenoisingConfig, place: Place) -> Source:
     factor = net.config.factor
     if size % factor:
         raise ValueError(f"data.size {size} is not a multiple of {factor}, the factor of the autoencoder")
+    if recipe.data.buckets is not None and recipe.data.buckets % factor:
+        raise ValueError(
+            f"data.buckets {recipe.data.buckets} is not a multiple of {factor}, the factor of the autoencoder"
+        )
     shape = net.config.embed_dim, size // factor, size // factor
     cached = config.cache and not recipe.data.augments
-    folder = place.pictures
+    folder, sizes = place.pictures, pictures.order.sizes
     if not cached:
-        folder = open_folder(replace(recipe.data, flip=False, shift=0))
+        folder = open_folder(replace(recipe.data, flip=False, shift=0, crop=None))
         folder.entries = spread(folder.entries, SURVEYED)
-    moments = encode_folder(net, folder, place.out / "latents.safetensors" if cached else None)
+        sizes = None if sizes is None else spread(sizes, SURVEYED)
+    moments = encode_folder(net, folder, place.out / "latents" if cached else None, sizes=sizes)
     scale = statistics(moments, sampled=config.posterior == "sample")
     codec = LatentsConfig(mean=scale[0], std=scale[1])
     if not cached:
         return Source(codec, shape, pictures, {"autoencoder": net})
-    order = order_of(place.pictures, recipe.data, recipe.trainer.seed)
-    batches = LatentBatches(moments, scale, order, recipe.trainer.batch, place.device)
+    batches = LatentBatches(moments, scale, pictures.order, recipe.trainer.batch, place.device)
     return Source(codec, shape, batches, {"autoencoder": net})
 
 
@@ -158,8 +167,6 @@ def _tokenizer(place: Place, vocab_size: int, context: int) -> Tokenizer:
     if path.is_file():
         return Tokenizer.from_json(path.read_text("utf-8"))
     texts = [text for text in place.pictures.texts if text]
-    if not texts:
-        raise ValueError(f"no picture of {place.pictures.path} has a caption, and the task learns from text")
     tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, context=context)
     write_whole(path, tokenizer.to_json().encode())
     return tokenizer

@@ -53,7 +53,7 @@ class Job:
 
 def picture_batches(recipe: Recipe, place: Place) -> PictureBatches:
     """Batches of the run's pictures."""
-    order = order_of(place.pictures, recipe.data, recipe.trainer.seed)
+    order = order_of(place.pictures, recipe.data, recipe.trainer.seed, recipe.trainer.batch)
     return PictureBatches(place.pictures, order, recipe.trainer.batch, place.device)
 
 
