@@ -242,4 +242,5 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
 
 def _by_name(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """An optimizer of torch."""
-    return optimizer_class(config.kind)(groups, lr=config.lr, **config.options)
+    make: Callable[..., torch.optim.Optimizer] = optimizer_class(config.kind)
+    return make(groups, lr=config.lr, **config.options)

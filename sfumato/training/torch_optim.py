@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -52,6 +52,7 @@ def check_options(kind: str, options: Mapping[str, Option], weight_decay: float)
         or a weight decay it does not know.
     """
     kind_of = optimizer_class(kind)
+    make: Callable[..., torch.optim.Optimizer] = kind_of
     allowed = [n for n in inspect.signature(kind_of).parameters if n != "params" and n not in SET_ELSEWHERE]
     for name in options:
         if name in SET_ELSEWHERE:
@@ -61,7 +62,7 @@ def check_options(kind: str, options: Mapping[str, Option], weight_decay: float)
     if weight_decay and not takes_decay(kind):
         raise ValueError(f"weight_decay is {weight_decay}, but {kind_of.__name__} has none; set it to 0")
     try:
-        kind_of([nn.Parameter(torch.zeros(1))], **options)
+        make([nn.Parameter(torch.zeros(1))], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"options of {kind_of.__name__} {dict(options)}: {said}") from None
