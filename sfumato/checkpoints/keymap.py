@@ -89,7 +89,7 @@ SWAPPED = _each(_swap, _swap)
 
 
 def squeezed(*axes: int) -> Op:
-    """Axes of length 1, counted from 0 in the file's tensor, that ours lacks; (2, 3) for a 1x1 convolution."""
+    """Axes of length 1, counted from 0 in the file's tensor, that ours lacks: (2, 3) for a 1x1 kernel."""
 
     def load(v: Tensor) -> Tensor:
         if any(axis >= v.ndim or v.shape[axis] != 1 for axis in axes):

@@ -167,7 +167,7 @@ def test_adaptive_weight_of_the_task_is_its_definition_over_the_whole_backward()
 
 
 def published(task, config, x, weight):
-    """Latent diffusion's KL loss as its code has it: per element, LPIPS added to each, summed, over the batch."""
+    """KL loss of latent diffusion as its code has it: LPIPS added to each element, summed."""
     posterior = task.net.encode(x)
     y = task.net.decode(posterior.sample(Noise([5, 6, 7])(posterior.mean)))
     rec = (x - y).abs() + config.perceptual * task.perceptual(x, y)[:, None, None, None]
