@@ -63,6 +63,7 @@ NETS = NetTable(
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
+        "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
         "unet": ("unet", "UNetConfig", "UNet"),
     }

@@ -21,6 +21,7 @@ class AutoencoderConfig:
     `attention_levels` counts from the image (0 = full resolution). The published configs speak of
     resolutions of a 256-pixel image instead: kl-f16's `[16]` is level 4. `patch` folds patch x patch
     pixels into channels around the whole network, which spares a CPU the convolutions at full resolution.
+    `commitment` is the beta of the quantizer; `legacy_commitment` puts it where the published ones have it.
     """
 
     kind: Literal["kl", "vq"] = "kl"
@@ -37,7 +38,7 @@ class AutoencoderConfig:
     norm_groups: int = 32
     patch: int = 1
     commitment: float = 0.25
-    legacy_commitment: bool = True
+    legacy_commitment: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "vq") != (self.codebook_size > 0):
@@ -208,7 +209,7 @@ class VectorQuantizer(nn.Module):
     commitment term; `legacy=True` is that order, `legacy=False` the paper's.
     """
 
-    def __init__(self, size: int, dim: int, beta: float = 0.25, legacy: bool = True) -> None:
+    def __init__(self, size: int, dim: int, beta: float = 0.25, legacy: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)

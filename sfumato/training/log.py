@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
+from sfumato.training.metrics import summary
+
 __all__ = ["RunLog", "read_log"]
 
 
@@ -90,7 +92,9 @@ class RunLog:
         return self.seconds + time.perf_counter() - self._clock
 
     def _write(self, images: int) -> None:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        means: dict[str, float] = {}
+        for name, total in self._sums.items():
+            means |= summary(name, total, self._counts[name])
         now = time.perf_counter()
         elapsed = now - self._clock
         self.seconds += elapsed

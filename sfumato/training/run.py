@@ -104,7 +104,7 @@ def _card(recipe: Recipe, about: About) -> str:
     """Model card: what it is, how it was made, whose data; folders of this machine stay out of it."""
     settings = to_json(recipe)
     del settings["out"], settings["about"], settings["data"]["path"]
-    for name in ("autoencoder", "perceptual_net"):
+    for name in ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads"):
         settings["task"].pop(name, None)
     lines = [f"# {about.name}", "", about.summary, "", "## Recipe", ""]
     lines += ["```json", json.dumps(settings, indent=1), "```"]

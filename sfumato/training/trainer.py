@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sfumato.training.batches import Batch
 from sfumato.training.ema import Average
 from sfumato.training.log import RunLog
 from sfumato.training.optim import OptimConfig, PhaseOptimizer
+from sfumato.training.posthoc import PostHoc, PostHocConfig
 from sfumato.training.state import Checkpoints
 from sfumato.training.task import Loss, Moment, Task
 
@@ -30,6 +31,7 @@ class TrainerConfig:
         batch: images per step.
         seed: of the data order, the augmentation and all noise.
         ema: final decay per step of the moving average.
+        posthoc: other averages, tracked so that one of any width can be made after the run.
         log_every: images between log lines; 0 = one at the end.
         preview_every: images between sample grids, with one at the end; 0 = none.
         save_every: images between checkpoints; 0 = one at the end.
@@ -42,6 +44,7 @@ class TrainerConfig:
     batch: int = 64
     seed: int = 0
     ema: float = 0.999
+    posthoc: PostHocConfig = field(default_factory=PostHocConfig)
     log_every: int = 1000
     preview_every: int = 10000
     save_every: int = 10000
@@ -94,7 +97,9 @@ class Trainer:
         self.publish = publish
         self.images = 0
         self.steps = 0
-        self.average = Average({name: task.modules[name] for name in task.averaged}, config.ema)
+        averaged = {name: task.modules[name] for name in task.averaged}
+        self.average = Average(averaged, config.ema)
+        self.posthoc = PostHoc(averaged, config.posthoc, checkpoints.folder.parent)
         self.optimizers = {
             name: PhaseOptimizer([task.modules[m] for m in phase.modules], phase.optim or optim)
             for name, phase in task.phases.items()
@@ -147,6 +152,7 @@ class Trainer:
             "seconds": self.log.pause(),
             "modules": {name: module.state_dict() for name, module in self.task.modules.items()},
             "average": self.average.state_dict(),
+            "posthoc": self.posthoc.state_dict(),
             "memories": {name: memory.state_dict() for name, memory in self.task.memories.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
@@ -157,6 +163,7 @@ class Trainer:
         for name, module in self.task.modules.items():
             module.load_state_dict(state["modules"][name])
         self.average.load_state_dict(state["average"])
+        self.posthoc.load_state_dict(state["posthoc"], self.images)
         for name, memory in self.task.memories.items():
             memory.load_state_dict(state["memories"][name])
         for name, optimizer in self.optimizers.items():
@@ -183,6 +190,7 @@ class Trainer:
             }
             metrics |= {f"{loss.phase}/{name}": value.detach() for name, value in own.items()}
         self.average.update()
+        self.posthoc.update(self.images, end, self.config.images)
         self.images, self.steps = end, self.steps + 1
         return metrics
 

@@ -18,11 +18,12 @@ from sfumato.nets.autoencoder import (
     Downsample,
     VectorQuantizer,
 )
+from sfumato.nets.presets.first_stages import AUTOENCODERS
 
 # Both sides sum the same terms in float32 in another order; outputs are of order 1.
 TOLERANCE = 1e-5
 TINY = AutoencoderConfig(channels=16, mults=(1, 2), blocks=1, norm_groups=8, z_channels=4, embed_dim=4)
-TINY_VQ = replace(TINY, kind="vq", z_channels=3, embed_dim=3, codebook_size=32)
+TINY_VQ = replace(TINY, kind="vq", z_channels=3, embed_dim=3, codebook_size=32, legacy_commitment=True)
 
 LEAVES = [("conv_shortcut", "skip"), ("group_norm", "norm"), (r"to_([qkv])", r"\1"), (r"to_out\.0", "out")]
 
@@ -178,6 +179,12 @@ def test_which_term_beta_weighs(legacy: bool, on_encoder: float, on_codebook: fl
     torch.testing.assert_close(z.grad, on_encoder * 2 * z.detach() / z.numel())
     want = -on_codebook * 2 * z.detach().sum((0, 2, 3)) / z.numel()
     torch.testing.assert_close(quantizer.embedding.weight.grad[0], want)
+
+
+def test_beta_weighs_the_commitment_as_in_the_paper_but_in_the_published_stages() -> None:
+    assert not AutoencoderConfig(kind="vq", codebook_size=2).legacy_commitment
+    assert not VectorQuantizer(2, 2).legacy
+    assert all(AUTOENCODERS[name]().legacy_commitment for name in AUTOENCODERS if name.startswith("vq"))
 
 
 def test_downsampling_pads_right_and_bottom() -> None:

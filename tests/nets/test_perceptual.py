@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet
+from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet, SqueezeConfig, SqueezePerceptualNet
 
 TINY = PerceptualConfig(widths=(4, 6), convs=(1, 2))
 
@@ -68,6 +68,26 @@ def test_gradient_reaches_the_picture_of_a_frozen_net(net: PerceptualNet) -> Non
     assert torch.isfinite(x.grad).all()
 
 
+def test_a_pixel_without_any_activation_passes_no_gradient(net: PerceptualNet) -> None:
+    """The root of 0 has an infinite slope, which would turn all that is trained into NaN."""
+    for parameter in net.trunk.parameters():
+        nn.init.constant_(parameter, -1.0)
+    x = torch.rand(1, 3, 8, 8, requires_grad=True)
+    net(x, torch.zeros(1, 3, 8, 8)).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_squeezenet_has_seven_taps_and_keeps_windows_that_the_border_cuts() -> None:
+    with torch.device("meta"):
+        net = SqueezePerceptualNet(SqueezeConfig())
+        taps = net.trunk(torch.empty(1, 3, 64, 64))
+    assert [t.shape[1] for t in taps] == list(net.config.widths) == [64, 128, 256, 384, 384, 512, 512]
+    # (64 - 3) / 2 + 1 = 31; then ceil((31 - 3) / 2) + 1 = 15, 7 and 3.
+    assert [t.shape[2] for t in taps] == [31, 15, 7, 3, 3, 3, 3]
+
+
 def test_wrong_configuration() -> None:
     with pytest.raises(ValueError, match="2 widths for 1 stages"):
         PerceptualConfig(widths=(4, 6), convs=(1,))
+    with pytest.raises(ValueError, match="1 fire modules; SqueezeNet has 8"):
+        SqueezeConfig(fires=((4, 4),))

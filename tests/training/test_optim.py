@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from sfumato.core.config import from_json, to_json
 from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.nets.tags import fused, tagged
 from sfumato.training.muon import Muon, orthogonalize
@@ -50,7 +53,7 @@ def test_tags_of_the_transformers_reach_the_optimizer():
     assert edges == {f"{name}.weight" for name in ("patches", "time.0", "time.2", "modulation", "out")}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "Muon", "sgd"])
 def test_every_trainable_parameter_is_in_exactly_one_group(kind):
     toy = Toy()
     optimizer = PhaseOptimizer([toy], OptimConfig(kind=kind))
@@ -58,7 +61,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(kind):
     assert sorted(held) == sorted(id(p) for p in toy.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["AdamW", "muon", "SGD"])
 def test_weight_decay_shrinks_matrices_and_nothing_else(kind):
     toy = Toy()
     before = {name: p.detach().clone() for name, p in toy.named_parameters()}
@@ -84,6 +87,88 @@ def test_muon_moves_hidden_matrices_orthogonally_and_adamw_the_rest():
     assert values.max() < 1.3
     assert (values > 0.5).sum() > 10
     assert not torch.equal(toy.table.weight, toy.positions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reference"),
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ("RAdam", {"betas": (0.8, 0.95)}, torch.optim.RAdam),
+        ("adafactor", {"d": 2.0}, torch.optim.Adafactor),
+        ("rprop", {}, torch.optim.Rprop),
+    ],
+)
+def test_an_optimizer_of_torch_does_what_it_does_alone(kind, options, reference):
+    torch.manual_seed(0)
+    ours, theirs = Toy(), Toy()
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimConfig(kind=kind, lr=0.02, options=options, lr_schedule="constant", clip=0.0)
+    optimizer = PhaseOptimizer([ours], config)
+    decay = {} if kind == "rprop" else {"weight_decay": 0.0}
+    alone = reference([p for p in theirs.parameters() if p.requires_grad], lr=0.02, **decay, **options)
+    for i in range(3):
+        optimizer.backward(ours())
+        optimizer.step(i, i + 1, 3)
+        alone.zero_grad()
+        theirs().backward()
+        alone.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_of_torch_resumes_exactly():
+    config = OptimConfig(kind="nadam", lr=0.02, weight_decay=0.1)
+    first, second = Toy(), Toy()
+    one = PhaseOptimizer([first], config)
+    one.backward(first())
+    one.step(0, 1, 9)
+    second.load_state_dict(first.state_dict())
+    two = PhaseOptimizer([second], config)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for toy, optimizer in ((first, one), (second, two)):
+        optimizer.backward(toy())
+        optimizer.step(1, 2, 9)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"kind": "adamm"}, r"unknown optimizer 'adamm'; did you mean 'adam'\? allowed: adadelta, .*muon"),
+        ({"kind": "lbfgs"}, "unknown optimizer 'lbfgs'"),
+        ({"kind": "sgd", "options": {"momentm": 0.9}}, "option of SGD 'momentm'; did you mean 'momentum'"),
+        ({"kind": "sgd", "options": {"momentum": -1.0}}, "Invalid momentum value: -1"),
+        ({"kind": "sgd", "options": {"momentum": "much"}}, "options of SGD"),
+        ({"kind": "sgd", "options": {"lr": 1.0}}, r"set optim\.lr instead"),
+        ({"kind": "rprop", "weight_decay": 0.1}, "weight_decay is 0.1, but Rprop has none"),
+        ({"kind": "adamw", "options": {"amsgrad": True}}, "are for torch's optimizers"),
+    ],
+)
+def test_wrong_optimizers_and_options_are_one_line(bad, said):
+    with pytest.raises(ValueError, match=said) as error:
+        OptimConfig(**bad)
+    assert "\n" not in str(error.value)
+
+
+def test_options_survive_json_with_their_types():
+    config = OptimConfig(kind="radam", options={"betas": (0.8, 0.95), "decoupled_weight_decay": True})
+    assert from_json(OptimConfig, json.dumps(to_json(config))) == config
+    with pytest.raises(ValueError, match="unknown optimizer 'sgdd'; did you mean 'sgd'"):
+        from_json(OptimConfig, {"kind": "sgdd"})
+
+
+def test_adamw_is_fused_and_updates_as_the_plain_one_does():
+    torch.manual_seed(0)
+    ours, theirs = Toy(), Toy()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = PhaseOptimizer([ours], OptimConfig(lr=0.02, lr_schedule="constant", betas=(0.8, 0.95)))
+    assert all(o.defaults["fused"] for o, _ in optimizer._optimizers)
+    optimizer.backward(ours())
+    optimizer.step(0, 1, 9)
+    theirs().backward()
+    torch.optim.AdamW(theirs.parameters(), 0.02, (0.8, 0.95), weight_decay=0.0, foreach=False).step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
@@ -142,10 +227,14 @@ def test_muon_never_computes_in_bfloat16(monkeypatch):
         ("wsd", 750, 1.0),
         ("wsd", 900, 0.1 + 0.9 * 0.5),
         ("wsd", 1000, 0.1),
+        ("inverse_sqrt", 90, 1.0),
+        ("inverse_sqrt", 160, math.sqrt(90 / 160)),
+        ("inverse_sqrt", 9000, 0.1),
+        ("inverse_sqrt", 10**6, 0.1),
     ],
 )
 def test_lr_schedules_at_known_points(schedule, images, expected):
-    config = OptimConfig(lr_schedule=schedule, final=0.1, decay=0.2)
+    config = OptimConfig(lr_schedule=schedule, final=0.1, decay=0.2, hold=90)
     assert lr_factor(config, images, images + 10, 1000) == pytest.approx(expected)
 
 
@@ -153,6 +242,19 @@ def test_warmup_rises_linearly_and_multiplies_the_schedule():
     config = OptimConfig(lr_schedule="cosine", warmup=100)
     assert lr_factor(config, 40, 50, 1000) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.04)))
     assert lr_factor(config, 100, 110, 1000) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.1)))
+
+
+@pytest.mark.parametrize("images", [0, 25, 99, 100, 400, 6400])
+def test_inverse_sqrt_is_the_transformers_schedule_where_hold_is_the_warmup(images):
+    config = OptimConfig(lr_schedule="inverse_sqrt", warmup=100)
+    step = images + 1  # one image per step; the fall is taken at the step's start, the rise at its end
+    formula = math.sqrt(100) * min(max(images, 100) ** -0.5, step * 100**-1.5)  # eq. 3, scaled to a peak of 1
+    assert lr_factor(config, images, step, 10**9) == pytest.approx(formula)
+
+
+def test_inverse_sqrt_needs_to_know_when_to_fall():
+    with pytest.raises(ValueError, match="hold and warmup are 0; one must be positive"):
+        OptimConfig(lr_schedule="inverse_sqrt")
 
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before():
@@ -173,7 +275,7 @@ def test_backward_leaves_other_modules_without_gradients():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"muon_lr": -1.0}, {"warmup": -1}, {"decay": 0.0}, {"final": 2.0}]
+    "bad", [{"lr": 0.0}, {"muon_lr": -1.0}, {"warmup": -1}, {"hold": -1}, {"decay": 0.0}, {"final": 2.0}]
 )
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):

@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.training.batches import Batch
 from sfumato.training.log import RunLog
 from sfumato.training.optim import OptimConfig
+from sfumato.training.posthoc import PostHocConfig, reconstruct
 from sfumato.training.state import Checkpoints
 from sfumato.training.task import Loss, Phase
 from sfumato.training.trainer import Trainer, TrainerConfig
@@ -109,6 +110,23 @@ def _cut(losses, at):
         yield from losses(batch, noise, moment)
 
     return until
+
+
+def test_averages_for_later_are_snapshots_in_the_run_folder_and_resume_exactly(tmp_path):
+    settings = {"posthoc": PostHocConfig(sigma_rel=(0.05, 0.1), every=8)}
+    trainer(tmp_path / "whole", **settings).fit()
+    first = trainer(tmp_path / "parts", **settings)
+    first.task.losses = _cut(first.task.losses, at=36)
+    with pytest.raises(RuntimeError, match="power cut"):
+        first.fit()
+    trainer(tmp_path / "parts", **settings).fit()
+    whole, parts = (
+        {p.name: p.read_bytes() for p in (tmp_path / name / "averages").iterdir()}
+        for name in ("whole", "parts")
+    )
+    assert len(whole) == 10
+    assert whole == parts
+    assert set(reconstruct(tmp_path / "whole", 0.2).modules["first"]) == {"weight", "bias"}
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

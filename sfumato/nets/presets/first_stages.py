@@ -30,6 +30,7 @@ def _vq(
         codebook_size=codes,
         attention_levels=attention,
         mid_attention=middle,
+        legacy_commitment=True,
     )
 
 

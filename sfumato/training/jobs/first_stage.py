@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 
 from torch import nn
 
+from sfumato.checkpoints.layouts.lpips import read_lpips
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
-from sfumato.nets.perceptual import PerceptualNet
+from sfumato.nets.perceptual import FeatureDistance, PerceptualNet
 from sfumato.training.jobs.job import Job, Place, examples, picture_batches, settle, trained
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import Autoencoding, AutoencodingConfig
@@ -17,19 +19,34 @@ from sfumato.training.tasks.perceptual import CaptionWords, CaptionWordsConfig, 
 
 __all__ = ["autoencoding", "caption_words"]
 
+LOGGER = logging.getLogger(__name__)
+
 
 def autoencoding(recipe: Recipe, config: AutoencodingConfig, place: Place) -> Job:
-    """Publishes the autoencoder. Raises: ValueError if the perceptual net is not there."""
-    perceptual = None
-    if config.perceptual_net is not None:
-        perceptual = trained(config.perceptual_net, PerceptualNet, "openmoji-perceptual", place.device)
-    task = Autoencoding(config, perceptual, examples(place))
+    """Publishes the autoencoder. Raises: ValueError if the perceptual net or a file of LPIPS is not there."""
+    task = Autoencoding(config, _perceptual(config, place), examples(place))
     settle(task.modules, place.device)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
         return Folder(Parts({"autoencoder": averaged["autoencoder"]}), {}, to_json(place.about), place.card)
 
     return Job(task, picture_batches(recipe, place), result)
+
+
+def _perceptual(config: AutoencodingConfig, place: Place) -> FeatureDistance | None:
+    """LPIPS from its files, or what stands in for it."""
+    if config.lpips_trunk is not None and config.lpips_heads is not None:
+        lpips = read_lpips(config.lpips_trunk, config.lpips_heads)
+        settle({"lpips": lpips}, place.device)
+        return lpips
+    if config.perceptual_net is None:
+        return None
+    LOGGER.warning(
+        "the perceptual net of %s stands in for LPIPS; for the published one give task.lpips_trunk and "
+        "task.lpips_heads",
+        config.perceptual_net,
+    )
+    return trained(config.perceptual_net, PerceptualNet, "openmoji-perceptual", place.device)
 
 
 def caption_words(recipe: Recipe, config: CaptionWordsConfig, place: Place) -> Job:

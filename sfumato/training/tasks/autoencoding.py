@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfumato.core.random import Noise
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.nets.discriminator import Discriminator, DiscriminatorConfig
-from sfumato.nets.perceptual import PerceptualNet
+from sfumato.nets.perceptual import FeatureDistance
 from sfumato.training.batches import Batch
 from sfumato.training.optim import OptimConfig
 from sfumato.training.task import Loss, Memory, Moment, Phase
@@ -28,21 +28,27 @@ def _critic_optim() -> OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencodingConfig:
-    """Loss of a first stage; weights are per mean over elements, not per sum.
+    """Loss of a first stage: nll + bottleneck + adversarial * adaptive weight * GAN.
 
-    Latent diffusion sums over the C*H*W elements of an image instead (and adds LPIPS to each of them): its
-    weights are these with `kl` = its kl_weight * (latent elements / image elements), the ratio of L1 to
-    LPIPS unchanged. A start up to 1 is a fraction of the run, above 1 a number of images.
+    The nll is rec / exp(logvar) + logvar, with rec = l1 * L1 + l2 * L2 + perceptual * LPIPS. Latent diffusion
+    trains KL autoencoders with `reduction` "sum", 1e-6 for `kl` and its disc_start for both starts, VQ ones
+    with "mean". The two differ in the unit of the loss alone: "mean" with `kl` times (latent elements / image
+    elements) is "sum" divided by the elements of an image. A start up to 1 is a fraction of the run, above
+    1 a number of images.
 
     Attributes:
         net: the autoencoder.
         discriminator: its critic.
-        perceptual_net: folder of a trained perceptual net, or of a run that trained one; None = no perceptual
-            loss.
+        lpips_trunk, lpips_heads: files of the published LPIPS, see `checkpoints.layouts.lpips`.
+        perceptual_net: folder of a trained perceptual net, or of a run that trained one, that stands in for
+            LPIPS; without that and without the files there is no perceptual loss.
         l1: weight of the mean absolute error.
         l2: weight of the mean squared error.
         perceptual: weight of the perceptual distance.
-        kl: weight of the KL divergence per latent element; for a KL autoencoder.
+        reduction: of nll and KL over the elements of an image; over the batch it is always the mean.
+        logvar: logarithm of the scale of rec, the same for all pictures.
+        learn_logvar: whether that is learned, with the autoencoder.
+        kl: weight of the KL divergence; for a KL autoencoder.
         codebook: weight of the quantiser's loss; for a VQ autoencoder.
         adversarial: weight of the GAN loss after the adaptive weight; 0 = no discriminator.
         perceptual_start: when the perceptual loss begins.
@@ -54,10 +60,15 @@ class AutoencodingConfig:
     kind: Literal["autoencoding"] = "autoencoding"
     net: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    lpips_trunk: Path | None = None
+    lpips_heads: Path | None = None
     perceptual_net: Path | None = None
     l1: float = 1.0
     l2: float = 0.0
     perceptual: float = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    logvar: float = 0.0
+    learn_logvar: bool = False
     kl: float = 1e-6
     codebook: float = 1.0
     adversarial: float = 0.5
@@ -69,6 +80,15 @@ class AutoencodingConfig:
     def __post_init__(self) -> None:
         if self.l1 <= 0 and self.l2 <= 0:
             raise ValueError(f"l1 {self.l1} and l2 {self.l2}: one of them must be positive")
+        if (self.lpips_trunk is None) != (self.lpips_heads is None):
+            raise ValueError(
+                f"lpips_trunk is {self.lpips_trunk} and lpips_heads {self.lpips_heads}; give both or neither"
+            )
+        if self.lpips_trunk is not None and self.perceptual_net is not None:
+            raise ValueError(
+                f"lpips_trunk {self.lpips_trunk} and perceptual_net {self.perceptual_net} are both given; "
+                "leave one out: the net only stands in for LPIPS"
+            )
 
 
 class Decoded(NamedTuple):
@@ -99,11 +119,19 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     return (theirs.norm() / (ours.norm() + 1e-4)).clamp(0.0, 1e4).detach()
 
 
+class LogVariance(nn.Module):
+    """One number: the logarithm of the variance that all pixels of all pictures share."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+
 class Autoencoding:
     """Phases "generator" and "discriminator", both stepping on every batch once the second has started.
 
-    The discriminator sees the reconstruction that the generator's phase produced (Rombach et al. 2022,
-    app. G, arXiv:2112.10752).
+    Rombach et al. 2022 (arXiv:2112.10752), app. G. The discriminator sees the reconstruction that the
+    generator's phase produced, and not a second one of the weights just changed: that spares a pass.
 
     Args:
         config: losses and nets.
@@ -112,14 +140,17 @@ class Autoencoding:
     """
 
     def __init__(
-        self, config: AutoencodingConfig, perceptual: PerceptualNet | None, examples: Tensor
+        self, config: AutoencodingConfig, perceptual: FeatureDistance | None, examples: Tensor
     ) -> None:
         self.config = config
         self.net = Autoencoder(config.net)
         self.perceptual = perceptual.requires_grad_(False).eval() if perceptual is not None else None
         self.examples = examples
         self.modules: dict[str, nn.Module] = {"autoencoder": self.net}
-        self.phases = {"generator": Phase(("autoencoder",))}
+        self.logvar = LogVariance(config.logvar) if config.learn_logvar else None
+        if self.logvar is not None:
+            self.modules["logvar"] = self.logvar
+        self.phases = {"generator": Phase(tuple(self.modules))}
         self.averaged = ("autoencoder",)
         self.memories: dict[str, Memory] = {}
         self.critic: Discriminator | None = None
@@ -148,32 +179,36 @@ class Autoencoding:
         posterior = self.net.encode(image)
         if self.config.net.kind == "vq":
             quantized = self.net.quantize(posterior.mean)
-            use = quantized.codes.unique().numel() / self.config.net.codebook_size
-            metrics = {"codebook": quantized.loss, "code_use": image.new_tensor(use)}
+            codes = torch.bincount(quantized.codes.flatten(), minlength=self.config.net.codebook_size)
+            metrics = {"codebook": quantized.loss, "codes": codes}
             decoded = self.net.decode(quantized.z, quantize=False)
             return Decoded(decoded, self.config.codebook * quantized.loss, metrics)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        kl = posterior.kl().mean()
+        if self.config.reduction == "mean":
+            kl = kl / posterior.mean[0].numel()
         decoded = self.net.decode(posterior.sample(noise(posterior.mean)))
         return Decoded(decoded, self.config.kl * kl, {"kl": kl})
 
     def _generator(self, image: Tensor, decoded: Decoded, moment: Moment) -> Loss:
-        reconstruction, metrics = self._reconstruction(image, decoded.image, moment)
-        total = reconstruction + decoded.bottleneck
+        nll, metrics = self._nll(image, decoded.image, moment)
+        total = nll + decoded.bottleneck
         metrics |= decoded.metrics
         if self.critic is not None and moment.reached(self.config.adversarial_start):
             adversarial = -self.critic(decoded.image).mean()
-            weight = adaptive_weight(reconstruction, adversarial, self.net.decoder.conv_out.weight)
+            weight = adaptive_weight(nll, adversarial, self.net.decoder.conv_out.weight)
             total = total + self.config.adversarial * weight * adversarial
             metrics |= {"adversarial": adversarial, "adaptive_weight": weight}
         return Loss("generator", total, metrics)
 
-    def _reconstruction(
-        self, image: Tensor, decoded: Tensor, moment: Moment
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _nll(self, image: Tensor, decoded: Tensor, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         l1, l2 = (image - decoded).abs().mean(), (image - decoded).square().mean()
-        total, metrics = c.l1 * l1 + c.l2 * l2, {"l1": l1, "l2": l2}
+        rec, metrics = c.l1 * l1 + c.l2 * l2, {"l1": l1, "l2": l2}
         if self.perceptual is not None and c.perceptual > 0 and moment.reached(c.perceptual_start):
             metrics["perceptual"] = self.perceptual(image, decoded).mean()
-            total = total + c.perceptual * metrics["perceptual"]
-        return total, metrics
+            rec = rec + c.perceptual * metrics["perceptual"]
+        logvar = rec.new_tensor(c.logvar) if self.logvar is None else self.logvar.value
+        nll = rec / logvar.exp() + logvar
+        if self.logvar is not None:
+            metrics |= {"nll": nll, "logvar": logvar}
+        return nll * image[0].numel() if c.reduction == "sum" else nll, metrics

@@ -1,0 +1,1 @@
+"""The layouts of published files, one table each."""
