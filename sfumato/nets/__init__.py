@@ -62,6 +62,7 @@ NETS = NetTable(
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
+        "mlp": ("mlp", "MLPConfig", "MLP"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
         "unet": ("unet", "UNetConfig", "UNet"),
