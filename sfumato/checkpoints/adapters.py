@@ -1,4 +1,4 @@
-"""Adapter files: the low-rank pairs of one or several nets in one safetensors file that says what they are."""
+"""Adapter files: the low-rank pairs of one or several nets, in one safetensors file that describes them."""
 
 from __future__ import annotations
 

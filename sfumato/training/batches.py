@@ -28,12 +28,16 @@ class Batch:
         index: (B,) int64 row of each sample in the data set.
         images: (B, 3, H, W) in [-1, 1]; None if the task works from cached moments.
         moments: (B, 2C, h, w) mean and log-variance of normalised latents.
+        vectors: (B, D) embeddings, for denoisers of those.
+        label: (B,) int64 class, for denoisers that are told one.
     """
 
     text: tuple[str, ...]
     index: Tensor
     images: Tensor | None = None
     moments: Tensor | None = None
+    vectors: Tensor | None = None
+    label: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
