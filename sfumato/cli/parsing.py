@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import tyro
 
+from sfumato.cli.variants import choices, choose
+
 __all__ = ["parse", "size_of"]
 
 T = TypeVar("T")
@@ -26,6 +28,8 @@ def parse(kind: type[T], verb: str, args: Sequence[str], *, default: T | None = 
     Raises: ValueError in one line for flags that do not fit; SystemExit after --help.
     """
     said = io.StringIO()
+    if default is not None:
+        default, args = choose(default, args)
     try:
         with contextlib.redirect_stderr(said):
             start = tyro.MISSING_NONPROP if default is None else default
@@ -37,6 +41,8 @@ def parse(kind: type[T], verb: str, args: Sequence[str], *, default: T | None = 
             return tyro.cli(kind, prog=f"sfumato {verb}", args=list(args), config=config, default=start)
     except SystemExit as stop:
         if not stop.code:
+            if default is not None and (lines := list(choices(default))):
+                print("\n".join(["Choices, each with settings of its own:", *(f"  {x}" for x in lines)]))
             raise
         raise ValueError(f"{_condensed(said.getvalue())}; see: sfumato {verb} --help") from None
 

@@ -101,6 +101,11 @@ class Objective:
         eps = noise(x0)
         if not self.offset_noise:
             return eps
+        if x0.ndim < 3:
+            raise ValueError(
+                f"offset_noise {self.offset_noise} is a constant per channel of a picture, and these are "
+                f"vectors of shape {tuple(x0.shape)}; set it to 0"
+            )
         offset = noise(torch.empty(x0.shape[:2], dtype=x0.dtype, device=x0.device))
         return eps + self.offset_noise * offset.reshape(offset.shape + (1,) * (x0.ndim - 2))
 

@@ -20,6 +20,8 @@ from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.discriminator import DiscriminatorConfig
 from sfumato.nets.dit import DiTConfig
 from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, TokensConfig
+from sfumato.nets.lora import LoraConfig
+from sfumato.nets.mlp import MLPConfig
 from sfumato.nets.perceptual import PerceptualConfig
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig, levels
@@ -36,6 +38,7 @@ from sfumato.training.trainer import TrainerConfig
 __all__: list[str] = []  # everything is reached through RECIPES
 
 RUNS = Path("runs")
+BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "default"
 OPENMOJI = DataConfig(path=Path("data/openmoji"), size=64, split="train")
 # Captions tell left from right ("face facing right"), so only nets that read none are shown flips.
 AUGMENTED = replace(OPENMOJI, flip=True, shift=4)
@@ -132,6 +135,25 @@ def openmoji_unet() -> Recipe:
     return _denoiser("openmoji-unet", net)
 
 
+@RECIPES("openmoji-lora")
+def openmoji_lora() -> Recipe:
+    """Low-rank adapters of the bundled system, on pictures of your own; the settings are untried."""
+    full = openmoji_dit()
+    assert isinstance(full.task, DenoisingConfig)
+    task = replace(
+        full.task, net=None, text=None, autoencoder=None, init=BUNDLED, lora=LoraConfig(rank=8), prompts=()
+    )
+    return replace(
+        full,
+        name="openmoji-lora",
+        task=task,
+        data=replace(full.data, split=None, even=None),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, lr_schedule="cosine", warmup=320),
+        trainer=TrainerConfig(images=16_000, batch=16, ema=0.99, preview_every=4000, save_every=4000),
+        about=_about("Text-to-image latent diffusion on OpenMoji, 64x64, with adapters merged in."),
+    )
+
+
 def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
     """Linear flow on normalised latent means, text tower trained jointly.
 
@@ -199,7 +221,7 @@ def toy_autoencoder() -> Recipe:
     return _toy(full, task)
 
 
-def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig) -> Recipe:
+def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig | MLPConfig) -> Recipe:
     assert isinstance(full.task, DenoisingConfig)
     task = replace(
         full.task,
@@ -235,3 +257,32 @@ def toy_unet() -> Recipe:
         block=BlockConfig(norm_groups=4),
     )
     return _toy_denoiser(openmoji_unet(), net)
+
+
+@RECIPES("toy-classes")
+def toy_classes() -> Recipe:
+    """A tiny DiT that is told a class, for class folders; --task.net.num-classes is their number."""
+    net = DiTConfig(in_channels=3, out_channels=3, patch=4, width=16, depth=1, heads=2, num_classes=3)
+    full = _toy_denoiser(openmoji_dit(), net)
+    assert isinstance(full.task, DenoisingConfig)
+    return replace(full, name="toy-classes", task=replace(full.task, text=None))
+
+
+@RECIPES("toy-prior")
+def toy_prior() -> Recipe:
+    """A tiny net from texts to the features of toy-perceptual, as unCLIP's prior is to those of CLIP."""
+    net = MLPConfig(in_channels=12, out_channels=12, width=16, depth=1, pooled_dim=16)
+    full = _toy_denoiser(openmoji_dit(), net)
+    assert isinstance(full.task, DenoisingConfig)
+    return replace(full, name="toy-prior", task=replace(full.task, embedder=RUNS / "toy-perceptual"))
+
+
+@RECIPES("toy-lora")
+def toy_lora() -> Recipe:
+    """Tiny twin of openmoji-lora, on the result of toy-dit."""
+    full = openmoji_lora()
+    assert isinstance(full.task, DenoisingConfig)
+    task = replace(
+        full.task, init=RUNS / "toy-dit", lora=LoraConfig(rank=2), sampling=replace(SAMPLING, steps=2)
+    )
+    return _toy(full, task)

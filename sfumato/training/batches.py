@@ -47,6 +47,7 @@ class Batch:
         sizes: (B, 2) int64 height and width of the files' pictures, upright.
         crops: (B, 2) int64 top and left of the crops in the resized pictures; see `transforms.View`.
         labels: (B,) int64 classes; None if a sample has none.
+        vectors: (B, D) embeddings, for denoisers of those.
     """
 
     text: tuple[str, ...]
@@ -56,6 +57,7 @@ class Batch:
     sizes: Tensor | None = None
     crops: Tensor | None = None
     labels: Tensor | None = None
+    vectors: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)

@@ -74,9 +74,11 @@ def differences(old: Mapping[str, object], new: Recipe) -> list[str]:
     Args:
         old: the earlier recipe as JSON data.
 
-    Returns: "a.b: old -> new", sorted; empty if the run may go on.
+    Returns: "a.b: old -> new", sorted; empty if the run may go on. A switch that the earlier recipe did not
+    know and that is off changes nothing.
     """
     before, after = _flat(old), _flat(to_json(new))
+    before = {k: False for k, v in after.items() if v is False} | before
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k not in FREE]
 

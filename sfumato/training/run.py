@@ -86,6 +86,7 @@ def _trainer(recipe: Recipe, job: Job, place: Place) -> Trainer:
 
     def publish(averaged: Mapping[str, nn.Module]) -> None:
         write_folder(place.out / "system", job.result(averaged))
+        job.beside(averaged)
 
     trainer = Trainer(
         job.task,
@@ -104,7 +105,7 @@ def _card(recipe: Recipe, about: About) -> str:
     """Model card: what it is, how it was made, whose data; folders of this machine stay out of it."""
     settings = to_json(recipe)
     del settings["out"], settings["about"], settings["data"]["path"]
-    for name in ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads"):
+    for name in ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads", "embedder", "init"):
         settings["task"].pop(name, None)
     lines = [f"# {about.name}", "", about.summary, "", "## Recipe", ""]
     lines += ["```json", json.dumps(settings, indent=1), "```"]

@@ -21,6 +21,7 @@ def pictures(tmp_path: Path) -> Path:
         image[:, 2 : 4 + i, i : i + 4] = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
         save_png(folder / f"{i}.png", image)
         split = "held_out" if name == "blue" else "train"
-        rows.append({"file_name": f"{i}.png", "text": f"{name} bar {i}", "concept": name, "split": split})
+        row = {"file_name": f"{i}.png", "text": f"{name} bar {i}", "concept": name, "split": split}
+        rows.append(row | {"label": name})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

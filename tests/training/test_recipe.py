@@ -51,3 +51,10 @@ def test_a_recipe_of_another_program_version_differs_by_its_missing_fields():
     old = to_json(RECIPE)
     del old["optim"]["momentum"]
     assert differences(old, RECIPE) == ["optim.momentum: None -> 0.95"]
+
+
+def test_a_switch_that_is_newer_than_the_run_and_off_changes_nothing():
+    old = to_json(RECIPE)
+    del old["data"]["flip"], old["data"]["even"]
+    assert differences(old, RECIPE) == []
+    assert differences(old, replace(RECIPE, data=DataConfig(flip=True))) == ["data.flip: None -> True"]

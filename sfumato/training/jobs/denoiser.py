@@ -1,162 +1,250 @@
-"""Job of a denoiser: codec, text tower, net, and the system that they make."""
+"""Job of a denoiser: codec, text tower, net or adapters, and the system that they make."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoints.adapters import write_adapters
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
+from sfumato.core.image import to_float
 from sfumato.core.png import write_whole
+from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
+from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
-from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.text import TextTransformer
-from sfumato.systems.config import (
-    CodecConfig,
-    LatentsConfig,
-    PixelsConfig,
-    StageConfig,
-    SystemConfig,
-    TokenTextConfig,
-)
+from sfumato.nets.unet import UNetConfig
+from sfumato.systems.config import ConditionerConfig, LabelConfig, StageConfig, SystemConfig, TokenTextConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import assemble
 from sfumato.text.tokenizers import Tokenizer
-from sfumato.training.batches import Batch, check_captions, open_folder
-from sfumato.training.jobs.job import Job, Place, picture_batches, settle, spread, trained
-from sfumato.training.latents import LatentBatches, encode_folder, statistics
+from sfumato.training.batches import check_captions, check_labels
+from sfumato.training.jobs.base import Base, BaseMark, read_base, take_over
+from sfumato.training.jobs.job import Job, Place, settle, spread
+from sfumato.training.jobs.sources import Source, source_of
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import Denoising, DenoisingConfig
 
-__all__ = ["denoising"]
+__all__ = ["Built", "denoising"]
 
-PROMPTS = 16  # captions that the previews draw if the recipe names none
-SURVEYED = 4096  # pictures from which the scale of latents is measured if they are not all encoded anyway
+PROMPTS = 16  # captions or classes that the previews draw if the recipe names none
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a denoiser learns from.
+class Built:
+    """The nets of a run.
 
     Attributes:
-        shape: of one sample, (C, h, w).
-        frozen: nets that the codec uses.
+        nets: "denoiser", and "text" if it is told texts.
+        adapters: of some of them; if there are any, the nets themselves are not trained.
+        lora: settings of the adapters.
     """
 
-    codec: CodecConfig
-    shape: tuple[int, int, int]
-    batches: Callable[[int], Batch]
-    frozen: Mapping[str, nn.Module]
+    nets: Mapping[str, nn.Module]
+    tokenizers: Mapping[str, Tokenizer]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    lora: Mapping[str, LoraConfig] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What the optimizer gets."""
+        return dict(self.adapters or self.nets)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the net's table, if it has one."""
+        config = getattr(self.nets["denoiser"], "config", None)
+        if not isinstance(config, UNetConfig):
+            return getattr(config, "num_classes", None)
+        tables = [e.features[0] for e in config.embedding.extras if e.kind == "table"]
+        return next((table.dim - 1 for table in tables if table.field == "label"), None)
+
+    def whole(self, averaged: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """All nets with averages in their places, adapters merged into copies."""
+        nets = dict(self.nets)
+        for name, module in averaged.items():
+            nets[name] = merged_copy(nets[name], module).eval() if isinstance(module, Adapter) else module
+        return nets
 
 
 def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
-    """Publishes the whole system: autoencoder, net, text tower and tokenizer.
+    """Publishes the whole system: autoencoder, net, text tower and tokenizer; and adapters beside it.
 
-    Raises: ValueError in one line if net, autoencoder and data do not fit each other.
+    Raises: ValueError in one line if net, autoencoder, data and the system of `init` do not fit each other.
     """
-    source = _source(recipe, config, place)
-    modules: dict[str, nn.Module] = {"denoiser": NETS[_tag(config)].net(config.net)}
-    tokenizers: dict[str, Tokenizer] = {}
-    if config.text is not None:
-        tokenizers["text"] = _tokenizer(place, config.text.vocab_size, config.text.context)
-        modules["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
-    settle(modules, place.device)
-    settings = _stage(config, source)
+    base = None if config.init is None else read_base(config.init, place.device)
+    if base is not None:
+        base.check(config)
+    if config.text is not None or (base is not None and base.text is not None):
+        check_captions(place.pictures)
+    source = source_of(recipe, config, place, base)
+    built = _adapted(_build(config, place, base), config)
+    if built.num_classes is not None:
+        check_labels(place.pictures, built.num_classes)
+    settings = _stage(config, source, built)
+    system, place = SystemConfig(stages=(settings,)), _credited(place, base)
 
     def parts(averaged: Mapping[str, nn.Module]) -> Parts:
-        return Parts({**source.frozen, **averaged}, tokenizers)
+        return Parts({**source.frozen, **built.whole(averaged)}, built.tokenizers)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
-        system = SystemConfig(stages=(settings,))
         return Folder(parts(averaged), to_json(system), to_json(place.about), place.card)
 
-    prompts = config.prompts or spread(place.pictures.texts, PROMPTS)
+    def beside(averaged: Mapping[str, nn.Module]) -> None:
+        adapters = {name: a for name, a in averaged.items() if isinstance(a, Adapter)}
+        if adapters and base is not None:
+            write_adapters(place.out / "adapter.safetensors", adapters, built.lora, base=base.fingerprint)
+
+    wanted = _shown(config, place, built)
 
     def draw(averaged: Mapping[str, nn.Module]) -> Tensor:
-        inputs = Inputs(n=len(prompts), text=prompts if config.text is not None else None)
-        pictures = assemble(SystemConfig(stages=(settings,)), parts(averaged)).run(inputs).low_res
-        assert pictures is not None
-        return pictures
+        return _pictures(assemble(system, parts(averaged)).run(wanted), source, place)
 
-    stage = settings.build(parts(modules))
-    _check_fit(stage)
-    task = Denoising(
+    stage = settings.build(Parts({**source.frozen, **built.nets}, built.tokenizers))
+    _check_fit(stage, config)
+    return Job(_task(config, stage, built, base, draw), source.batches, result, beside)
+
+
+def _task(
+    config: DenoisingConfig,
+    stage: Stage,
+    built: Built,
+    base: Base | None,
+    draw: Callable[[Mapping[str, nn.Module]], Tensor],
+) -> Denoising:
+    return Denoising(
         stage,
-        config.objective,
+        copy.deepcopy(config.objective),  # its times may learn, and a recipe is used more than once
         dropout=config.dropout,
         posterior=config.posterior,
-        modules=modules,
+        modules=built.trained,
         draw=draw,
+        uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
+        memories={} if base is None else {"base": BaseMark(base)},
     )
-    return Job(task, source.batches, result)
 
 
-def _stage(config: DenoisingConfig, source: Source) -> StageConfig:
+def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
+    """New nets, or those of the base, on the device."""
+    nets: dict[str, nn.Module] = {"denoiser": _net(config, base)}
+    tokenizers: dict[str, Tokenizer] = {}
+    if base is not None and base.text is not None and base.tokenizer is not None:
+        tokenizers["text"], nets["text"] = base.tokenizer, base.text
+        if config.text is not None:
+            shape = replace(config.text, vocab_size=base.text.config.vocab_size)
+            nets["text"] = TextTransformer(shape)
+            take_over(nets["text"], base.text, base, "task.text")
+    elif config.text is not None:
+        if base is not None:
+            raise ValueError(f"{base.path} has no text tower to begin from; set task.text None")
+        tokenizers["text"] = _tokenizer(place, config.text.vocab_size, config.text.context)
+        nets["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
+    settle(nets, place.device)
+    for net in nets.values():
+        net.train()
+    return Built(nets, tokenizers)
+
+
+def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
+    if config.net is None:
+        assert base is not None
+        return base.net
+    kind = next(kind for kind in NETS.values() if kind.config is type(config.net))
+    net: nn.Module = kind.net(config.net)
+    if base is not None:
+        take_over(net, base.net, base, "task.net", partial=config.partial)
+    return net
+
+
+def _adapted(built: Built, config: DenoisingConfig) -> Built:
+    """The same with frozen nets and fresh adapters, if adapters are to be trained."""
+    if not config.adapts:
+        return built
+    wanted = {"denoiser": config.lora, "text": config.lora_text}
+    lora = {name: one for name, one in wanted.items() if one is not None}
+    if "text" in lora and "text" not in built.nets:
+        raise ValueError("task.lora_text adapts a text tower, and the system of task.init has none")
+    for net in built.nets.values():
+        net.requires_grad_(False)
+    adapters = {name: inject(built.nets[name], one) for name, one in lora.items()}
+    return replace(built, adapters=adapters, lora=lora)
+
+
+def _stage(config: DenoisingConfig, source: Source, built: Built) -> StageConfig:
+    conditioners: list[ConditionerConfig] = [TokenTextConfig()] if "text" in built.nets else []
+    if built.num_classes is not None:
+        conditioners.append(LabelConfig(num_classes=built.num_classes))
     return StageConfig(
         schedule=config.schedule,
         parameterization=config.prediction,
         learned_var=config.learned_var,
-        conditioners=() if config.text is None else (TokenTextConfig(),),
+        conditioners=tuple(conditioners),
         codec=source.codec,
         shape=source.shape,
+        emits="image" if source.vectors is None else "image_embed",
         defaults=config.sampling,
     )
 
 
-def _source(recipe: Recipe, config: DenoisingConfig, place: Place) -> Source:
-    """Pictures, cached latents, or pictures that become latents as they are drawn.
-
-    Raises: ValueError in one line if captions are wanted and there are none, or sizes do not fit.
-    """
-    if config.text is not None:
-        check_captions(place.pictures)
-    size, pictures = recipe.data.size, picture_batches(recipe, place)
-    if config.autoencoder is None:
-        return Source(PixelsConfig(), (3, size, size), pictures, {})
-    net = trained(config.autoencoder, Autoencoder, "openmoji-autoencoder", place.device)
-    factor = net.config.factor
-    if size % factor:
-        raise ValueError(f"data.size {size} is not a multiple of {factor}, the factor of the autoencoder")
-    if recipe.data.buckets is not None and recipe.data.buckets % factor:
-        raise ValueError(
-            f"data.buckets {recipe.data.buckets} is not a multiple of {factor}, the factor of the autoencoder"
-        )
-    shape = net.config.embed_dim, size // factor, size // factor
-    cached = config.cache and not recipe.data.augments
-    folder, sizes = place.pictures, pictures.order.sizes
-    if not cached:
-        folder = open_folder(replace(recipe.data, flip=False, shift=0, crop=None))
-        folder.entries = spread(folder.entries, SURVEYED)
-        sizes = None if sizes is None else spread(sizes, SURVEYED)
-    moments = encode_folder(net, folder, place.out / "latents" if cached else None, sizes=sizes)
-    scale = statistics(moments, sampled=config.posterior == "sample")
-    codec = LatentsConfig(mean=scale[0], std=scale[1])
-    if not cached:
-        return Source(codec, shape, pictures, {"autoencoder": net})
-    batches = LatentBatches(moments, scale, pictures.order, recipe.trainer.batch, place.device)
-    return Source(codec, shape, batches, {"autoencoder": net})
+def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
+    """What the previews draw: the prompts, or captions and classes of the data."""
+    pictures, classes = place.pictures, built.num_classes
+    if "text" not in built.nets and classes is not None:
+        labels = spread(range(classes), PROMPTS)
+        return Inputs(n=len(labels), label=torch.tensor(labels))
+    prompts = config.prompts or spread(pictures.texts, PROMPTS)
+    known = classes is not None and not config.prompts
+    label = torch.tensor(spread(pictures.labels, PROMPTS)) if known else None
+    return Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
 
 
-def _check_fit(stage: Stage) -> None:
-    """Raise ValueError in one line if the net cannot take the codec's latents or the tower's tokens."""
+def _pictures(drawn: Inputs, source: Source, place: Place) -> Tensor:
+    """Drawn pictures; of embeddings, the pictures of the data whose embeddings are nearest."""
+    if source.vectors is None:
+        assert drawn.low_res is not None
+        return drawn.low_res
+    assert drawn.image_embed is not None
+    rows = source.vectors.nearest(drawn.image_embed)
+    return to_float(place.pictures.images(source.vectors.index[rows].tolist()))
+
+
+def _credited(place: Place, base: Base | None) -> Place:
+    """The same with the license and attribution of the system that the weights derive from."""
+    if base is None:
+        return place
+    theirs, ours = base.about, place.about
+    credits = dict.fromkeys(text for text in (theirs.attribution, ours.attribution) if text)
+    about = replace(ours, license=ours.license or theirs.license, attribution="\n\n".join(credits))
+    lines = ["", "## Base", "", f"Fine-tuned from {theirs.name} ({base.fingerprint})."]
+    lines += [f"Its license: {theirs.license}."] if theirs.license else []
+    lines += ["", theirs.attribution] if theirs.attribution else []
+    return replace(place, about=about, card=place.card + "\n".join(lines) + "\n")
+
+
+def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
+    """Raise ValueError in one line if net, codec, tower and objective do not fit each other."""
     channels = stage.shape[0]
     wanted = channels * (2 if stage.denoiser.learned_var else 1)
-    config = getattr(stage.denoiser.net, "config", None)
-    found = getattr(config, "in_channels", channels), getattr(config, "out_channels", wanted)
+    shape = getattr(stage.denoiser.net, "config", None)
+    found = getattr(shape, "in_channels", channels), getattr(shape, "out_channels", wanted)
     if found != (channels, wanted):
         raise ValueError(
             f"the net has in_channels {found[0]} and out_channels {found[1]}, but what it denoises has "
             f"{channels} channels; set task.net.in_channels {channels} and task.net.out_channels {wanted}"
         )
-    level = stage.denoiser.schedule(torch.tensor([sum(stage.denoiser.schedule.span) / 2]))
+    # One sample through all of it, with times that do not learn from it.
+    objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        cond = stage.conditioner(Inputs(n=1, text=("",)))
+        cond = stage.conditioner(Inputs(n=1, text=("",))).to(stage.device)
         try:
-            stage.denoiser.raw(torch.zeros(1, *stage.shape, device=stage.device), level, cond)
+            objective(stage.denoiser, x0, cond, Noise([0]))
         except RuntimeError as error:
             raise ValueError(f"the net does not fit its inputs: {str(error).splitlines()[0]}") from None
 
@@ -170,8 +258,3 @@ def _tokenizer(place: Place, vocab_size: int, context: int) -> Tokenizer:
     tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, context=context)
     write_whole(path, tokenizer.to_json().encode())
     return tokenizer
-
-
-def _tag(config: DenoisingConfig) -> str:
-    """Tag in NETS of the net's config."""
-    return next(tag for tag, kind in NETS.items() if kind.config is type(config.net))

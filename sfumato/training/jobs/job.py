@@ -44,11 +44,13 @@ class Job:
     Attributes:
         batches: see Trainer.
         result: the folder to publish, from the averaged modules.
+        beside: writes what else is published with it into the run folder.
     """
 
     task: Task
     batches: Callable[[int], Batch]
     result: Callable[[Mapping[str, nn.Module]], Folder]
+    beside: Callable[[Mapping[str, nn.Module]], None] = lambda averaged: None
 
 
 def picture_batches(recipe: Recipe, place: Place) -> PictureBatches:

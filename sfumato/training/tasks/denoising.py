@@ -1,4 +1,4 @@
-"""Training of a denoiser, with its text tower, on pictures or latents."""
+"""Training of a denoiser, with its text tower, on pictures, latents or embeddings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
-from sfumato.diffusion.schedules import Flow, ScheduleConfig
+from sfumato.diffusion.schedules import Discrete, Flow, ScheduleConfig
+from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets.autoencoder import DiagonalGaussian
 from sfumato.nets.dit import DiTConfig
+from sfumato.nets.lora import LoraConfig
+from sfumato.nets.mlp import MLPConfig
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig
 from sfumato.systems.codec import Codec
@@ -33,40 +36,91 @@ Posterior = Literal["sample", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig:
-    """A denoiser on pictures or latents, optionally told a text.
+    """A denoiser on pictures, latents or embeddings, optionally told a text, a class, or both.
+
+    It is told a class if its net has a table of classes: the labels of the data are read then.
 
     Attributes:
-        net: its channels must be those of the latents, or 3.
-        text: tower trained together with the net; `vocab_size` is an upper bound. None = unconditional.
-        autoencoder: folder of a trained first stage, or of a run that trained one; None = pixels.
+        net: its channels must be those of what it denoises: 3, those of the latents, or the width of the
+            embeddings. None = the one of `init`.
+        text: tower trained together with the net; `vocab_size` is an upper bound. None = none, or the one of
+            `init`.
+        autoencoder: folder of a trained first stage, or of a run that trained one; None = that of `init`, or
+            pixels.
+        embedder: folder of a trained perceptual net, or of a run that trained one: its pooled features are
+            what is denoised.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented.
         schedule: noise over time.
         prediction: a parameterization: eps, x0, v, flow or edm.
-        learned_var: the net has twice the channels and learns a variance.
+        learned_var: the net has twice the channels and learns a variance; needs objective.vlb.
         objective: times, weights and the rest of the loss.
-        dropout: share of captions that are replaced by the empty one, for classifier-free guidance.
+        uncertainty: number of features of a learned log-variance of the loss, see `weights.Uncertainty`;
+            None = none.
+        dropout: share of captions and labels that are replaced by null ones, for classifier-free guidance.
         sampling: how previews and the finished system sample unless told otherwise.
         prompts: of the preview; picture i has seed i. Empty = captions of the data.
+        init: folder of a system, or of a run that made one, whose training is taken up: net, text tower,
+            tokenizer and autoencoder are its own.
+        partial: where `net` and `init` differ at the layers that touch the sample (another patch size), these
+            are fresh; schedule and prediction may differ too.
+        lora: train low-rank adapters of the net of `init` instead of the whole system.
+        lora_text: the same for its text tower.
     """
 
     kind: Literal["denoising"] = "denoising"
-    net: DiTConfig | UNetConfig = field(default_factory=DiTConfig)
+    net: DiTConfig | UNetConfig | MLPConfig | None = field(default_factory=DiTConfig)
     text: TextTransformerConfig | None = None
     autoencoder: Path | None = None
+    embedder: Path | None = None
     posterior: Posterior = "sample"
     cache: bool = True
     schedule: ScheduleConfig = field(default_factory=Flow)
     prediction: str = "flow"
     learned_var: bool = False
     objective: Objective = field(default_factory=Objective)
+    uncertainty: int | None = None
     dropout: float = 0.1
     sampling: SampleOptions = field(default_factory=SampleOptions)
     prompts: tuple[str, ...] = ()
+    init: Path | None = None
+    partial: bool = False
+    lora: LoraConfig | None = None
+    lora_text: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; allowed: a share in [0, 1), such as 0.1")
+        if self.autoencoder is not None and self.embedder is not None:
+            raise ValueError("autoencoder and embedder are both given; choose what is to be denoised")
+        if self.uncertainty is not None and self.uncertainty < 1:
+            raise ValueError(f"uncertainty is {self.uncertainty} features; allowed: at least 1, such as 128")
+        self._check_variance()
+        self._check_init()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained and nothing else."""
+        return self.lora is not None or self.lora_text is not None
+
+    def _check_variance(self) -> None:
+        vlb = self.objective.vlb
+        if vlb and not (self.learned_var and isinstance(self.schedule, Discrete)):
+            raise ValueError(
+                f"objective.vlb is {vlb}, which trains a variance: it needs learned_var and a schedule of "
+                "kind discrete; 0 = off"
+            )
+        if self.learned_var and not vlb:
+            raise ValueError("learned_var needs objective.vlb, which trains the variance; 0.001 is usual")
+
+    def _check_init(self) -> None:
+        if self.init is None:
+            wants = [n for n in ("partial", "lora", "lora_text") if getattr(self, n)]
+            wants += ["no net"] if self.net is None else []
+            if wants:
+                raise ValueError(f"{wants[0]} needs init, the folder of a trained system or of its run")
+        elif self.partial and self.adapts:
+            raise ValueError("partial leaves fresh layers, and lora does not train them; choose one")
 
 
 @runtime_checkable
@@ -79,16 +133,18 @@ class Remembering(Protocol):
 
 
 class Denoising:
-    """One phase, "denoiser": the objective at random noise levels, with captions dropped at random.
+    """One phase, "denoiser": the objective at random levels, with captions and labels dropped at random.
 
     Args:
-        stage: its net and its conditioner's tower are trained, its codec encodes pictures that come without
-            moments.
+        stage: its net and its conditioner's tower are trained, or adapted; its codec encodes what comes
+            without moments.
         objective: times, weights and the rest of the loss.
-        dropout: share of captions replaced by the empty one (Ho & Salimans 2022, arXiv:2207.12598).
+        dropout: share of captions and labels replaced by null ones (Ho & Salimans 2022, arXiv:2207.12598).
         posterior: see DenoisingConfig.
         modules: what is trained and averaged.
         draw: the preview's pictures from averaged modules.
+        uncertainty: trained beside them, not averaged; None = none.
+        memories: further state of the run.
     """
 
     def __init__(
@@ -100,6 +156,8 @@ class Denoising:
         posterior: Posterior,
         modules: Mapping[str, nn.Module],
         draw: Callable[[Mapping[str, nn.Module]], Tensor],
+        uncertainty: Uncertainty | None = None,
+        memories: Mapping[str, Memory] | None = None,
     ) -> None:
         self.denoiser: Denoiser = stage.denoiser
         self.conditioner: Conditioner = stage.conditioner
@@ -107,31 +165,38 @@ class Denoising:
         self.objective = objective
         self.dropout = dropout
         self.posterior = posterior
-        self.modules = modules
-        self.phases = {"denoiser": Phase(tuple(modules))}
+        self.uncertainty = uncertainty
+        self.modules = {**modules, **({"uncertainty": uncertainty} if uncertainty is not None else {})}
+        self.phases = {"denoiser": Phase(tuple(self.modules))}
         self.averaged = tuple(modules)
-        times = objective.times
-        self.memories: dict[str, Memory] = {"times": times} if isinstance(times, Remembering) else {}
+        self.memories: dict[str, Memory] = dict(memories or {})
+        if isinstance(objective.times, Remembering):
+            self.memories["times"] = objective.times
         self._draw = draw
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
         x0 = self.clean(batch, noise)
-        inputs = Inputs(n=len(batch), text=batch.text)
-        cond = self.conditioner(inputs, noise)
+        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels)
+        cond = self.conditioner(inputs, noise).to(x0.device)
         keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
-        cond = cond.select(keep.to(x0.device), self.conditioner.null(inputs, cond))
-        losses = self.objective(self.denoiser, x0, cond, noise)
+        null = self.conditioner.null(inputs, cond).to(x0.device)
+        cond = cond.select(keep.to(x0.device), null)
+        losses = self.objective(self.denoiser, x0, cond, noise, uncertainty=self.uncertainty)
         yield Loss("denoiser", losses.loss.mean(), {name: v.mean() for name, v in losses.metrics.items()})
 
     def clean(self, batch: Batch, noise: Noise) -> Tensor:
-        """What is to be denoised, (B, C, h, w): pictures, or latents from moments or from the codec."""
+        """What is to be denoised: pictures or latents (B, C, h, w), or embeddings (B, D).
+
+        Latents come from moments if the batch has them, else from the codec.
+        """
         sampled = self.posterior == "sample"
         if batch.moments is not None:
             posterior = DiagonalGaussian(*batch.moments.chunk(2, dim=1))
             return posterior.sample(noise(posterior.mean)) if sampled else posterior.mean
+        x = batch.pictures if batch.vectors is None else batch.vectors
         with torch.no_grad():
-            return self.codec.encode(batch.pictures, noise if sampled else None)
+            return self.codec.encode(x, noise if sampled else None)
 
     def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
         """Pictures for the prompts by the averaged net and tower."""
