@@ -85,7 +85,7 @@ class RunLog:
             self._write(images)
 
     def note(self, images: int, values: Mapping[str, float]) -> None:
-        """Write a line of its own with numbers that are no means over steps, such as those of a validation."""
+        """Write a line of its own: numbers that are no means over steps, such as those of a validation."""
         self._bar.say({name: value for name, value in values.items() if name.count("/") == 1})
         self._line(images, {"seconds": round(self.pause(), 3)}, values)
 

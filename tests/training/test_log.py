@@ -56,7 +56,13 @@ def test_only_the_progress_bar_is_drawn_and_only_if_wanted(tmp_path, capfd, quie
         log.note(10, {"validation/loss": 0.125, "validation/loss/0.00-0.25": 7.0})
     out, err = capfd.readouterr()
     assert out == ""
-    wanted = ("10/10 images", "img/s", "g: loss 0.25, lr 0.001, gradient 3.5", "d: loss 0.5", "validation: loss 0.125")
+    wanted = (
+        "10/10 images",
+        "img/s",
+        "g: loss 0.25, lr 0.001, gradient 3.5",
+        "d: loss 0.5",
+        "validation: loss 0.125",
+    )
     assert [text in err for text in wanted] == [not quiet] * 5
     assert "mse" not in err
 
