@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
+from sfumato.training.history import read_log
 from sfumato.training.trackers import Tracker
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["RunLog"]
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "gradient"}  # of each phase, beside the bar
@@ -167,14 +168,3 @@ class RateColumn(ProgressColumn):
         """Text of the column."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f} img/s" if speed else "- img/s")
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a JSONL log; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -21,12 +21,11 @@ from sfumato.nets.perceptual import PerceptualNet
 from sfumato.systems.config import SystemConfig
 from sfumato.systems.system import assemble
 from sfumato.training.held_out import HeldOut
-from sfumato.training.log import read_log
+from sfumato.training.history import LOSS, read_log
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 
 __all__ = ["LOSS", "DenoisingLoss", "ReconstructionLoss", "Validation"]
 
-LOSS = "validation/loss"
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the noise-level bins, as fractions sigma / (alpha + sigma)
 Measure = Callable[[Folder, HeldOut], dict[str, float]]
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sfumato.training.log import RunLog, read_log
+from sfumato.training.history import read_log
+from sfumato.training.log import RunLog
 
 
 def test_lines_hold_means_over_their_window_and_parse_as_json(tmp_path):

@@ -15,14 +15,14 @@ from sfumato.families import RECIPES
 from sfumato.systems.system import load_system
 from sfumato.training.batches import DataConfig, open_folder
 from sfumato.training.held_out import HeldOut, ValidationConfig, hold_out
+from sfumato.training.history import LOSS, read_log
 from sfumato.training.jobs.build import build
 from sfumato.training.jobs.job import Place
-from sfumato.training.log import read_log
 from sfumato.training.recipe import Recipe, differences
 from sfumato.training.run import train
 from sfumato.training.state import Checkpoints
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
-from sfumato.training.validation import LOSS, DenoisingLoss, ReconstructionLoss, Validation, _by_level
+from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, Validation, _by_level
 
 
 def toy(name, pictures, out, *, split="held_out", **trainer) -> Recipe:
