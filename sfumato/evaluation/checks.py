@@ -71,9 +71,7 @@ def check_captions(tokenizer: Tokenizer, captions: list[str]) -> Check:
     verdict = (
         f"{empty} of {len(captions)} pictures have no caption"
         if bare
-        else (
-            f"{share:.0%} of the words are unknown to the tokenizer, such as {most}; the system was trained on others"
-        )
+        else (f"{share:.0%} of the words are unknown to the tokenizer, such as {most}; it learned others")
     )
     return Check(
         name="caption coverage",
@@ -173,12 +171,12 @@ def check_denoising(specimen: Specimen) -> Check:
         passed=low < 1.0 and middle < 0.9,
         found=f"{low:.2f} of the noise left at low noise, {middle:.2f} of a linear filter's error at equal",
         wanted="below 1 and 0.9",
-        verdict="it does not remove noise, whatever it is taken to predict; its weights are not trained or not loaded",
+        verdict="it does not remove noise, whatever it predicts; its weights are not trained or not loaded",
     )
 
 
 def _mistake(specimen: Specimen, ratio: float) -> float:
-    """RMS error of x0 where the noise is `ratio`, relative to that of the best linear filter without a net."""
+    """RMS error of x0 where the noise is `ratio`, relative to that of the best linear filter."""
     denoiser = specimen.stage.denoiser
     level = level_at(denoiser, ratio)
     error = 0.0
@@ -205,7 +203,7 @@ def check_text(specimen: Specimen) -> Check:
     found = (
         "all captions are alike"
         if len(gain) < 2
-        else f"own caption better by {_mean(gain):.2g} of {float(other.mean()):.2g} ({_z(gain):+.1f} standard errors)"
+        else f"own caption better by {_mean(gain):.2g} ({_z(gain):+.1f} standard errors)"
     )
     return Check(
         name="captions and pictures",

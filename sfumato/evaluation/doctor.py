@@ -105,7 +105,7 @@ def examine(
                 found += checks()
     if not found:
         raise ValueError(
-            "no stage of this system draws pictures from text, labels or nothing, and the doctor knows no other"
+            "no stage of this system draws pictures from text, labels or nothing: the doctor knows no other"
         )
     return Diagnosis(tuple(found))
 
