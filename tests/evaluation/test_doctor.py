@@ -37,7 +37,7 @@ from sfumato.text.tokenizers import Tokenizer
 
 COUNT, SIDE = 8, 8
 WORDS = ("red", "green", "blue", "black", "white", "gray", "pink", "brown")
-PLAN = Examination(pictures=COUNT, batch=COUNT, steps=3)
+PLAN = Examination(pictures=COUNT, batch=COUNT, steps=12)
 LATENTS = LatentsConfig(mean=(0.2,), std=(1.15,))  # of evenly distributed pixels, times 2
 
 
