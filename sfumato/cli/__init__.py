@@ -58,6 +58,20 @@ def train(args: list[str]) -> int:
     return verb(args)
 
 
+def runs(args: list[str]) -> int:
+    """List runs and draw their loss curves."""
+    from sfumato.cli.history import runs as verb
+
+    return verb(args)
+
+
+def doctor(args: list[str]) -> int:
+    """Examine a system with pictures and name its broken part."""
+    from sfumato.cli.doctor import doctor as verb
+
+    return verb(args)
+
+
 def evaluate(args: list[str]) -> int:
     """Measure a system."""
     from sfumato.cli.measuring import evaluate as verb
@@ -72,6 +86,8 @@ VERBS: dict[str, Verb] = {
     "info": info,
     "data": data,
     "train": train,
+    "runs": runs,
+    "doctor": doctor,
     "evaluate": evaluate,
 }
 USAGE, INTERRUPTED = 2, 130

@@ -1,54 +1,55 @@
-"""What a run says while it trains: one JSON object per line in a file, and a progress bar."""
+"""What a run says while it trains: one JSON object per line in a file, trackers, and a progress bar."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
+from sfumato.training.history import read_log
 from sfumato.training.metrics import summary
+from sfumato.training.trackers import Tracker
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["RunLog"]
+
+LOGGER = logging.getLogger(__name__)
+SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "gradient"}  # of each phase, beside the bar
 
 
 class RunLog:
     """Means of the metrics since the last line, written at a fixed cadence of images.
 
-    Use as a context manager around a run, for the progress bar.
+    Use as a context manager around a run, for the progress bar and the trackers. A tracker that fails is
+    left out from then on, with a warning: it must not end a run.
 
     Args:
         path: JSONL file; appended to, and cut back by `begin` on a resume.
         total: images of the whole run.
         every: images between two lines; 0 = one line at the end.
         quiet: no progress bar.
+        trackers: told the same numbers.
     """
 
-    def __init__(self, path: Path, total: int, every: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self, path: Path, total: int, every: int, *, quiet: bool = False, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.path = path
         self.every = every or total
         self.seconds = 0.0
+        self.trackers = list(trackers)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
-            RateColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[losses]}"),
-            console=Console(stderr=True),
-            disable=quiet,
-            transient=False,
-        )
-        self._task = self._bar.add_task("train", total=total, losses="")
+        self._bar = Bar(quiet)
+        self._task = self._bar.add_task("train", total=total)
         self._images = 0
         self._clock = time.perf_counter()
 
@@ -60,6 +61,7 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        self._tell(lambda tracker: tracker.end())
 
     def begin(self, images: int, seconds: float) -> None:
         """Stand at `images`; lines of a log that went further than the checkpoint are removed."""
@@ -68,7 +70,9 @@ class RunLog:
             kept = [row for row in read_log(self.path) if row["images"] <= images]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._images, self.seconds = images, seconds
-        self._bar.update(self._task, completed=images)
+        # Not an update: images of an earlier session must not count as speed of this one.
+        self._bar.reset(self._task, completed=images)
+        self._tell(lambda tracker: tracker.begin(images))
         self._clock = time.perf_counter()
 
     def step(self, images: int, metrics: Mapping[str, Tensor]) -> None:
@@ -81,6 +85,15 @@ class RunLog:
         self._bar.update(self._task, completed=images)
         if images // self.every > self._images // self.every:
             self._write(images)
+
+    def note(self, images: int, values: Mapping[str, float]) -> None:
+        """Write a line of its own: numbers that are no means over steps, such as those of a validation."""
+        self._bar.say({name: value for name, value in values.items() if name.count("/") == 1})
+        self._line(images, {"seconds": round(self.pause(), 3)}, values)
+
+    def picture(self, images: int, path: Path) -> None:
+        """Show the trackers a sheet of samples, a PNG file."""
+        self._tell(lambda tracker: tracker.picture(images, path))
 
     def close(self, images: int) -> None:
         """Write what has not been written yet."""
@@ -98,15 +111,57 @@ class RunLog:
         now = time.perf_counter()
         elapsed = now - self._clock
         self.seconds += elapsed
-        line: dict[str, float] = {"images": images, "seconds": round(self.seconds, 3)}
-        line["images_per_second"] = round((images - self._images) / max(elapsed, 1e-9), 3)
-        line |= {name: float(f"{value:.6g}") for name, value in means.items() if math.isfinite(value)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = [f"{name} {value:.4g}" for name, value in means.items() if name.endswith("/loss")]
-        self._bar.update(self._task, losses="  ".join(shown))
+        rate = round((images - self._images) / max(elapsed, 1e-9), 3)
+        self._bar.say(means)
+        self._line(images, {"seconds": round(self.seconds, 3), "images_per_second": rate}, means)
         self._sums, self._counts = {}, {}
         self._images, self._clock = images, now
+
+    def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
+        finite = {name: float(f"{value:.6g}") for name, value in values.items() if math.isfinite(value)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"images": images, **times, **finite}) + "\n")
+        self._tell(lambda tracker: tracker.numbers(images, {**times, **finite}))
+
+    def _tell(self, say: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                say(tracker)
+            except Exception as error:  # whatever another program raises, the run goes on
+                self.trackers.remove(tracker)
+                LOGGER.warning("tracker %s failed and is left out: %s", type(tracker).__name__, error)
+
+
+class Bar(Progress):
+    """A bar on stderr with speed and time left, and below it the newest numbers of every phase."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+            RateColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._numbers: dict[str, float] = {}
+
+    def say(self, numbers: Mapping[str, float]) -> None:
+        """Show these from now on, and the others that were shown before."""
+        self._numbers |= numbers
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar and its lines of numbers."""
+        yield self.make_tasks_table(self.tasks)
+        for phase in dict.fromkeys(name.partition("/")[0] for name in getattr(self, "_numbers", {})):
+            shown = [
+                f"{word} {self._numbers[f'{phase}/{name}']:.4g}"
+                for name, word in SHOWN.items()
+                if f"{phase}/{name}" in self._numbers
+            ]
+            if shown:
+                yield Text(f"  {phase}: {', '.join(shown)}", overflow="ellipsis", no_wrap=True)
 
 
 class RateColumn(ProgressColumn):
@@ -116,14 +171,3 @@ class RateColumn(ProgressColumn):
         """Text of the column."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f} img/s" if speed else "- img/s")
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a JSONL log; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -12,6 +12,7 @@ from pydantic import Field
 from sfumato.core.config import to_json
 from sfumato.systems.config import About
 from sfumato.training.batches import DataConfig
+from sfumato.training.held_out import ValidationConfig
 from sfumato.training.optim import OptimConfig
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
@@ -36,6 +37,10 @@ FREE = frozenset(
         "trainer.keep",
         "trainer.device",
         "trainer.quiet",
+        "trainer.trackers",
+        "trainer.validate_every",
+        "validation.draws",
+        "validation.pictures",
     }
 )
 
@@ -50,8 +55,10 @@ class Recipe:
         data: which pictures.
         trainer: how long, and what is written when.
         optim: of the phases of the task that bring none of their own.
+        validation: which pictures are kept from training, to measure it.
         about: goes into what the run produces; an ATTRIBUTION.txt beside the data is added to it.
-        out: run folder: recipe.json, log.jsonl, previews/, checkpoints/ and system/, the result.
+        out: run folder: recipe.json, log.jsonl, previews/, checkpoints/, system/, the result, and best/, what
+            had the lowest validation loss.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Recipe:
     data: DataConfig
     trainer: TrainerConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     about: About = field(default_factory=About)
     out: Path | None = None
 

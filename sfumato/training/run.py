@@ -16,15 +16,21 @@ from sfumato.checkpoints.native import write_folder
 from sfumato.core.config import to_json
 from sfumato.core.device import device_of
 from sfumato.core.png import write_whole
+from sfumato.data.datasets import ImageFolder
 from sfumato.systems.config import About
 from sfumato.training.batches import open_folder
+from sfumato.training.held_out import HeldOut, hold_out
 from sfumato.training.jobs.build import build
 from sfumato.training.jobs.job import Job, Place
 from sfumato.training.log import RunLog
 from sfumato.training.preview import PreviewFiles
 from sfumato.training.recipe import Recipe, differences
 from sfumato.training.state import Checkpoints
+from sfumato.training.tasks.autoencoding import Autoencoding
+from sfumato.training.tasks.denoising import Denoising
+from sfumato.training.trackers import Tracked, open_trackers
 from sfumato.training.trainer import Trainer
+from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, Validation
 
 __all__ = ["train"]
 
@@ -36,25 +42,30 @@ def train(recipe: Recipe) -> Path:
 
     The run folder gets recipe.json, log.jsonl, previews/, checkpoints/, and with every checkpoint system/: a
     folder that `sfumato.load` reads, or whose nets a later recipe builds upon, holding the averaged weights.
+    With pictures held out, best/ is such a folder too: that of the lowest validation loss.
 
     Returns: the folder system/.
     Raises: ValueError in one line for anything wrong with recipe, data or folder, before the first step;
         or if a loss is not finite.
     """
-    place = _place(recipe)
+    pictures, held = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
+    place = _place(recipe, pictures)
+    tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
+    trackers = open_trackers(recipe.trainer.trackers, tracked)
     _claim(recipe)
     devices = [place.device] if place.device.type == "cuda" else []
     with _damage_listed(place), torch.random.fork_rng(devices=devices):
         torch.manual_seed(recipe.trainer.seed)
         job = build(recipe, place)
         trainer = _trainer(recipe, job, place)
+        trainer.log.trackers += trackers
+        trainer.validate = _validation(recipe, job, held, trainer)
         with trainer.log:
             trainer.fit()
     return place.out / "system"
 
 
-def _place(recipe: Recipe) -> Place:
-    pictures = open_folder(recipe.data)
+def _place(recipe: Recipe, pictures: ImageFolder) -> Place:
     note = recipe.data.path / "ATTRIBUTION.txt"
     about = replace(recipe.about, name=recipe.about.name if recipe.about.name != "unnamed" else recipe.name)
     if note.is_file():
@@ -97,8 +108,28 @@ def _trainer(recipe: Recipe, job: Job, place: Place) -> Trainer:
         checkpoints=Checkpoints(place.out / "checkpoints", config.keep),
         publish=publish,
     )
-    trainer.preview = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.modules))
+    files = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.modules))
+    trainer.preview = lambda images: trainer.log.picture(images, files(images))
     return trainer
+
+
+def _validation(recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Trainer) -> Validation | None:
+    """What measures the held-out pictures, if any. Raises: ValueError if the task has no measure."""
+    if held is None:
+        return None
+    task = job.task
+    measure: DenoisingLoss | ReconstructionLoss
+    if isinstance(task, Denoising):
+        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample")
+    elif isinstance(task, Autoencoding):
+        measure = ReconstructionLoss(task.config, task.perceptual)
+    else:
+        raise ValueError(
+            f"validation.split and share do not work with a {recipe.task.kind} task; leave them out: only "
+            "denoisers and autoencoders have a validation loss"
+        )
+    pictures = HeldOut(held, recipe.trainer.batch, recipe.validation.draws)
+    return Validation(measure, lambda: job.result(trainer.average.modules), pictures, recipe.folder)
 
 
 def _card(recipe: Recipe, about: About) -> str:

@@ -34,10 +34,12 @@ class TrainerConfig:
         posthoc: other averages, tracked so that one of any width can be made after the run.
         log_every: images between log lines; 0 = one at the end.
         preview_every: images between sample grids, with one at the end; 0 = none.
+        validate_every: images between validations, with one at the end, if pictures are held out; 0 = none.
         save_every: images between checkpoints; 0 = one at the end.
         keep: checkpoints kept.
         device: "auto" takes an accelerator if there is one.
         quiet: no progress bar.
+        trackers: programs that are told the numbers of the log, names in `trackers.TRACKERS`.
     """
 
     images: int
@@ -47,10 +49,12 @@ class TrainerConfig:
     posthoc: PostHocConfig = field(default_factory=PostHocConfig)
     log_every: int = 1000
     preview_every: int = 10000
+    validate_every: int = 10000
     save_every: int = 10000
     keep: int = 2
     device: str = "auto"
     quiet: bool = False
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("images", "batch"):
@@ -64,6 +68,10 @@ class Trainer:
     A stopped and resumed run ends with the same bits as an uninterrupted one (same machine and thread
     count): the data position is the number of images seen, and the noise of a sample is derived from the
     seed and that number.
+
+    Attributes:
+        validate: called with the images seen every `validate_every` images and at the end; its numbers are
+            logged.
 
     Args:
         task: already on its device.
@@ -95,6 +103,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.preview = preview
         self.publish = publish
+        self.validate: Callable[[int], Mapping[str, float]] | None = None
         self.images = 0
         self.steps = 0
         averaged = {name: task.modules[name] for name in task.averaged}
@@ -117,12 +126,10 @@ class Trainer:
             metrics = self._step(self.batches(before))
             self.log.step(self.images, metrics)
             done = self.images >= self.config.images
-            if (
-                self.preview
-                and self.config.preview_every
-                and (done or self._passed(before, self.config.preview_every))
-            ):
+            if self.preview and self._due(before, self.config.preview_every):
                 self.preview(self.images)
+            if self.validate and self._due(before, self.config.validate_every):
+                self.log.note(self.images, self.validate(self.images))
             if done or self._passed(before, self.config.save_every):
                 self.save()
         self.log.close(self.images)
@@ -204,6 +211,10 @@ class Trainer:
             f"({self.images:,} images); last checkpoint: {kept[-1] if kept else 'none'}; "
             "lower the learning rate or raise its warm-up"
         )
+
+    def _due(self, before: int, every: int) -> bool:
+        """Whether the last step crossed a multiple of `every` or ended the run; 0 = never."""
+        return bool(every) and (self.images >= self.config.images or self._passed(before, every))
 
     def _passed(self, before: int, every: int) -> bool:
         """Whether a multiple of `every` was crossed by the last step; 0 = never."""

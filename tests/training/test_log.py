@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sfumato.training.log import RunLog, read_log
+from sfumato.training.history import read_log
+from sfumato.training.log import RunLog
 
 
 def test_lines_hold_means_over_their_window_and_parse_as_json(tmp_path):
@@ -51,7 +52,39 @@ def test_a_cadence_of_zero_gives_one_line_at_the_end(tmp_path):
 def test_only_the_progress_bar_is_drawn_and_only_if_wanted(tmp_path, capfd, quiet):
     with RunLog(tmp_path / "log.jsonl", total=10, every=5, quiet=quiet) as log:
         log.begin(0, 0.0)
-        log.step(10, {"g/loss": torch.tensor(0.25)})
+        numbers = {"g/loss": 0.25, "g/lr": 0.001, "g/grad_norm": 3.5, "g/mse": 9.0, "d/loss": 0.5}
+        log.step(10, {name: torch.tensor(value) for name, value in numbers.items()})
+        log.note(10, {"validation/loss": 0.125, "validation/loss/0.00-0.25": 7.0})
     out, err = capfd.readouterr()
     assert out == ""
-    assert ("g/loss 0.25" in err) is not quiet
+    wanted = (
+        "10/10 images",
+        "img/s",
+        "g: loss 0.25, lr 0.001, gradient 3.5",
+        "d: loss 0.5",
+        "validation: loss 0.125",
+    )
+    assert [text in err for text in wanted] == [not quiet] * 5
+    assert "mse" not in err
+
+
+def test_a_note_is_a_line_of_its_own(tmp_path):
+    with RunLog(tmp_path / "log.jsonl", total=40, every=20, quiet=True) as log:
+        log.begin(0, 0.0)
+        log.step(10, {"g/loss": torch.tensor(1.0)})
+        log.note(10, {"validation/loss": 2.0, "validation/psnr": float("inf")})
+        log.step(20, {"g/loss": torch.tensor(3.0)})
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [row["images"] for row in rows] == [10, 20]
+    assert rows[0].keys() == {"images", "seconds", "validation/loss"}
+    assert rows[1]["g/loss"] == 2.0  # the mean over both steps, as if nothing had been noted
+
+
+def test_images_of_an_earlier_session_are_not_speed_of_this_one(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", total=2_000_000, every=10, quiet=True)
+    log.begin(1_000_000, 50.0)
+    assert log._bar.tasks[0].completed == 1_000_000
+    log.step(1_000_010, {"a": torch.tensor(1.0)})
+    log.step(1_000_020, {"a": torch.tensor(1.0)})
+    task = log._bar.tasks[0]
+    assert sum(sample.completed for sample in task._progress) == 20

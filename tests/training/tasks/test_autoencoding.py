@@ -182,7 +182,7 @@ def test_a_sum_over_elements_is_the_published_loss_and_the_mean_is_that_per_elem
     summed = by_phase(task, LATE)["generator"]
     weight = summed.metrics["adaptive_weight"]
     torch.testing.assert_close(summed.value, published(task, config, batch().images, weight))
-    # 2 * 8 * 8 latent elements and 3 * 16 * 16 of the image; the constant of the adaptive weight is not scaled
+    # 2 * 8 * 8 latent elements, 3 * 16 * 16 of the image; the constant of the adaptive weight is not scaled
     config = dataclasses.replace(config, reduction="mean", kl=1e-2 * 128 / 768, adversarial=0.0)
     task = build(dataclasses.replace(config, reduction="sum", kl=1e-2))
     mean = build(config)

@@ -1,0 +1,152 @@
+"""Loss on pictures that a run is not trained on, at fixed times and noise, and the best system by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.native import Folder, write_folder
+from sfumato.core.config import from_json
+from sfumato.diffusion.guidance import noise_fraction
+from sfumato.diffusion.objective import Objective
+from sfumato.diffusion.times import Uniform
+from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.perceptual import PerceptualNet
+from sfumato.systems.config import SystemConfig
+from sfumato.systems.system import assemble
+from sfumato.training.held_out import HeldOut
+from sfumato.training.history import LOSS, read_log
+from sfumato.training.tasks.autoencoding import AutoencodingConfig
+
+__all__ = ["LOSS", "DenoisingLoss", "ReconstructionLoss", "Validation"]
+
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the noise-level bins, as fractions sigma / (alpha + sigma)
+Measure = Callable[[Folder, HeldOut], dict[str, float]]
+
+
+class DenoisingLoss:
+    """The training objective, without dropout, of the system that a run would publish.
+
+    Each picture has `draws` times and noises of its own, which never change; times are distributed as in
+    training, so that the number can be compared with the training loss. A sampler that learns from the losses
+    is replaced by the uniform one, whose loss is the same on average.
+
+    Args:
+        objective: of the run.
+        sampled: whether latents are samples of the posterior, or its means.
+    """
+
+    def __init__(self, objective: Objective, *, sampled: bool) -> None:
+        learns = hasattr(objective.times, "state_dict")
+        self.objective = replace(objective, times=Uniform()) if learns else objective
+        self.sampled = sampled
+        self._clean: dict[int, Tensor] = {}
+
+    def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
+        """The mean loss, and that of each quarter of the noise levels that occurs."""
+        system = assemble(from_json(SystemConfig, dict(folder.system)), folder.parts)
+        (stage,) = system.stages
+        schedule, losses, fractions = stage.denoiser.schedule, [], []
+        for rows in held.rows():
+            if rows.start not in self._clean:  # the codec is not trained
+                images = held.images(rows, stage.device)
+                noise = held.noise(rows, "posterior")
+                self._clean[rows.start] = stage.codec.encode(images, noise if self.sampled else None)
+            noise = held.noise(rows, "conditioning")
+            cond = stage.conditioner(held.inputs(rows), noise).to(stage.device)
+            for draw in range(held.draws):
+                name = f"draw {draw}"
+                t = self.objective.times.sample(schedule, held.noise(rows, name)).t
+                clean = self._clean[rows.start]
+                loss = self.objective(stage.denoiser, clean, cond, held.noise(rows, name)).loss
+                losses.append(loss.double().cpu())
+                fractions.append(noise_fraction(schedule(t)))
+        return _by_level(torch.cat(losses), torch.cat(fractions))
+
+
+class ReconstructionLoss:
+    """What a first stage loses: its L1, L2 and perceptual losses from posterior means, and the PSNR.
+
+    Args:
+        config: weights of the losses.
+        perceptual: frozen net, or None.
+    """
+
+    def __init__(self, config: AutoencodingConfig, perceptual: PerceptualNet | None) -> None:
+        self.config = config
+        self.perceptual = perceptual
+
+    def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
+        """The weighted sum without the GAN's part, and the mean PSNR in dB."""
+        net = folder.parts.nets["autoencoder"]
+        assert isinstance(net, Autoencoder)
+        device = next(net.parameters()).device
+        losses, ratios = [], []
+        for rows in held.rows():
+            image = held.images(rows, device)
+            decoded = net.decode(net.encode(image).mean)
+            error = (decoded - image).double().flatten(1)
+            loss = self.config.l1 * error.abs().mean(1) + self.config.l2 * error.square().mean(1)
+            if self.perceptual is not None:
+                loss = loss + self.config.perceptual * self.perceptual(image, decoded).double().flatten()
+            losses.append(loss.cpu())
+            inside = ((decoded.clamp(-1, 1) - image) / 2).double().flatten(1)
+            ratios.append((-10 * inside.square().mean(1).clamp_min(1e-10).log10()).cpu())
+        return {LOSS: float(torch.cat(losses).mean()), "validation/psnr": float(torch.cat(ratios).mean())}
+
+
+class Validation:
+    """Measures what a run would publish, and keeps the best of it in the folder best/.
+
+    A resumed run knows the best loss so far from its log, so that it keeps what an uninterrupted one keeps.
+    No state of the training is touched: averages are measured, and all noise is from streams of its own.
+
+    Args:
+        measure: gives LOSS, lower is better, and further numbers.
+        result: what would be published now.
+        held: the pictures.
+        out: folder of the run.
+    """
+
+    def __init__(self, measure: Measure, result: Callable[[], Folder], held: HeldOut, out: Path) -> None:
+        self.measure = measure
+        self.result = result
+        self.held = held
+        self.out = out
+        self._best: float | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: int) -> Mapping[str, float]:
+        """Numbers to log, at `images` seen."""
+        folder = self.result()
+        numbers = self.measure(folder, self.held)
+        if self._best is None:
+            self._best = self._logged(images)
+        if numbers[LOSS] < self._best:
+            write_folder(self.out / "best", folder)
+            self._best = numbers[LOSS]
+        return numbers
+
+    def _logged(self, images: int) -> float:
+        log = self.out / "log.jsonl"
+        if not log.is_file() or not (self.out / "best").is_dir():
+            return math.inf
+        rows = [row for row in read_log(log) if row["images"] < images]
+        return min((row[LOSS] for row in rows if LOSS in row), default=math.inf)
+
+
+def _by_level(losses: Tensor, fractions: Tensor) -> dict[str, float]:
+    """LOSS and the means over bins of the noise fraction."""
+    numbers = {LOSS: float(losses.mean())}
+    bins = torch.bucketize(fractions, torch.tensor(EDGES[1:-1], dtype=fractions.dtype))
+    for i, (low, high) in enumerate(pairwise(EDGES)):
+        inside = losses[bins == i]
+        if len(inside):
+            numbers[f"{LOSS}/{low:.2f}-{high:.2f}"] = float(inside.mean())
+    return numbers
