@@ -28,6 +28,8 @@ FREE = frozenset(
         "out",
         "data.path",
         "trainer.images",
+        "trainer.patience",
+        "trainer.recompute",
         "trainer.log_every",
         "trainer.preview_every",
         "trainer.save_every",
