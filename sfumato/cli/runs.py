@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from sfumato.cli.parsing import parse
 from sfumato.families import RECIPES
+from sfumato.training.recipe import Recipe
 from sfumato.training.run import train as run
+from sfumato.training.signals import Stopped
 
 __all__ = ["train"]
 
+RESUMABLE, INTERRUPTED = 75, 130  # exit codes after SIGTERM (EX_TEMPFAIL of sysexits.h) and after Ctrl-C
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """A recipe, whose run is continued if its folder holds it already.
+
+    Attributes:
+        recipe: what to train.
+        force: remove a run of another recipe from the run folder and begin again; without it such a folder is
+            refused.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    force: bool = False
+
 
 def train(args: list[str]) -> int:
-    """`sfumato train RECIPE`."""
+    """`sfumato train RECIPE`; 75 after SIGTERM and 130 after Ctrl-C, when the same command goes on."""
     if not args or args[0] in ("-h", "--help"):
         rows = [f"  {name:<22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
         usage = "usage: sfumato train RECIPE --data.path DIR ..."
         print("\n".join([usage, "", *rows, "", "All settings of one: sfumato train RECIPE --help"]))
         return 0
-    default = RECIPES[args[0]]()
-    recipe = parse(type(default), f"train {args[0]}", args[1:], default=default)
+    flags = parse(Flags, f"train {args[0]}", args[1:], default=Flags(recipe=RECIPES[args[0]]()))
     logging.basicConfig(level=logging.INFO, format="sfumato: %(message)s")
-    print(run(recipe))
+    try:
+        print(run(flags.recipe, force=flags.force))
+    except Stopped as stopped:
+        print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED if stopped.signum == signal.SIGINT else RESUMABLE
     return 0

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato.core.types import Conditioning
 from sfumato.nets.attention import AttentionConfig, spatial_attention, token_readers
@@ -104,16 +103,9 @@ class UNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.res, self.attention, self.resample = res, attention, resample
-        self.checkpointing = False
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
         """h (B, C, H, W) -> (B, C', H', W')."""
-        if self.checkpointing and torch.is_grad_enabled():
-            # Not reentrant: that one loses the gradient to x when the weights are frozen.
-            return checkpoint(self._run, h, context, use_reentrant=False)
-        return self._run(h, context)
-
-    def _run(self, h: Tensor, context: Context) -> Tensor:
         for part in (self.res, self.attention, self.resample):
             if part is not None:
                 h = part(h, context)
@@ -219,12 +211,6 @@ class UNet(nn.Module):
         for block, skip in zip(self.decoder, reversed(encoded.skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), encoded.context)
         return self.conv_out(self.activation(self.norm_out(h)))
-
-    def set_checkpointing(self, on: bool = True) -> None:
-        """Recompute the activations of every block in the backward pass instead of keeping them."""
-        for module in self.modules():
-            if isinstance(module, UNetBlock):
-                module.checkpointing = on
 
     def _check(self, x: Tensor, cond: Conditioning) -> None:
         c = self.config

@@ -31,6 +31,8 @@ FREE = frozenset(
         "data.cache",
         "data.cache_gb",
         "trainer.images",
+        "trainer.patience",
+        "trainer.recompute",
         "trainer.log_every",
         "trainer.preview_every",
         "trainer.save_every",

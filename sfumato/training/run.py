@@ -19,12 +19,14 @@ from sfumato.core.png import write_whole
 from sfumato.data.datasets import ImageFolder
 from sfumato.systems.config import About
 from sfumato.training.batches import open_folder
+from sfumato.training.folder import claim, forget, held, settled, tidy
 from sfumato.training.held_out import HeldOut, hold_out
 from sfumato.training.jobs.build import build
 from sfumato.training.jobs.job import Job, Place
 from sfumato.training.log import RunLog
 from sfumato.training.preview import PreviewFiles
-from sfumato.training.recipe import Recipe, differences
+from sfumato.training.recipe import Recipe
+from sfumato.training.signals import Stop
 from sfumato.training.state import Checkpoints
 from sfumato.training.tasks.autoencoding import Autoencoding
 from sfumato.training.tasks.denoising import Denoising
@@ -37,32 +39,65 @@ __all__ = ["train"]
 LOGGER = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, *, force: bool = False) -> Path:
     """Run a recipe, or continue the run that its folder holds, and publish the result.
 
     The run folder gets recipe.json, log.jsonl, previews/, checkpoints/, and with every checkpoint system/: a
     folder that `sfumato.load` reads, or whose nets a later recipe builds upon, holding the averaged weights.
     With pictures held out, best/ is such a folder too: that of the lowest validation loss.
 
+    Args:
+        force: remove a run of another recipe from the folder. A run of the same one is continued anyway.
+
     Returns: the folder system/.
-    Raises: ValueError in one line for anything wrong with recipe, data or folder, before the first step;
-        or if a loss is not finite.
+
+    Raises:
+        ValueError: in one line for anything wrong with recipe, data or folder, before the first step; or if
+            losses are not finite, or something cannot be written.
+        Stopped: after SIGTERM or Ctrl-C, when there is a checkpoint; the same call goes on from there.
     """
-    pictures, held = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
+    pictures, kept_out = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
     place = _place(recipe, pictures)
     tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
     trackers = open_trackers(recipe.trainer.trackers, tracked)
-    _claim(recipe)
     devices = [place.device] if place.device.type == "cuda" else []
-    with _damage_listed(place), torch.random.fork_rng(devices=devices):
+    with (
+        held(place.out),
+        Stop() as stop,
+        _one_line(place.out),
+        _damage_listed(place),
+        torch.random.fork_rng(devices=devices),
+    ):
+        new = claim(recipe, force=force)
+        tidy(place.out)
         torch.manual_seed(recipe.trainer.seed)
-        job = build(recipe, place)
-        trainer = _trainer(recipe, job, place)
+        try:
+            with stop.interruptible():
+                job = build(recipe, place)
+                trainer = _trainer(recipe, job, place, stop)
+                trainer.validate = _validation(recipe, job, kept_out, trainer)
+        except ValueError:
+            if new:  # the mistake must not stand in the way of the corrected recipe
+                forget(place.out)
+            raise
+        settled(place.out)
         trainer.log.trackers += trackers
-        trainer.validate = _validation(recipe, job, held, trainer)
         with trainer.log:
             trainer.fit()
     return place.out / "system"
+
+
+@contextlib.contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """An error of the file system that nobody has put into words yet, as one line."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ValueError(
+            f"the run in {out} cannot go on: {error.strerror or error}{where}; free space or choose another "
+            "--out; the last checkpoint stays"
+        ) from None
 
 
 def _place(recipe: Recipe, pictures: ImageFolder) -> Place:
@@ -73,26 +108,7 @@ def _place(recipe: Recipe, pictures: ImageFolder) -> Place:
     return Place(recipe.folder, device_of(recipe.trainer.device), pictures, about, _card(recipe, about))
 
 
-def _claim(recipe: Recipe) -> None:
-    """Write recipe.json, or check that the run in the folder is this one.
-
-    Raises: ValueError in one line with what differs.
-    """
-    path = recipe.folder / "recipe.json"
-    if path.is_file():
-        try:
-            old = json.loads(path.read_text("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); choose another --out") from None
-        if changed := differences(old, recipe):
-            raise ValueError(
-                f"{recipe.folder} holds a run of another recipe ({'; '.join(changed)}); "
-                "choose another --out, or remove the folder"
-            )
-    write_whole(path, (json.dumps(to_json(recipe), indent=1) + "\n").encode())
-
-
-def _trainer(recipe: Recipe, job: Job, place: Place) -> Trainer:
+def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
     config = recipe.trainer
 
     def publish(averaged: Mapping[str, nn.Module]) -> None:
@@ -106,6 +122,7 @@ def _trainer(recipe: Recipe, job: Job, place: Place) -> Trainer:
         optim=recipe.optim,
         log=RunLog(place.out / "log.jsonl", config.images, config.log_every, quiet=config.quiet),
         checkpoints=Checkpoints(place.out / "checkpoints", config.keep),
+        stop=stop,
         publish=publish,
     )
     files = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.modules))

@@ -1,26 +1,35 @@
-"""Checkpoints of a run: written whole or not at all, and read back exactly."""
+"""Checkpoints of a run: written whole or not at all, verified, and read back exactly."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfumato.core.config import from_json, to_json
+from sfumato.training.durable import Entry, fault_of, sync_folder, write_file
+
 __all__ = ["Checkpoints"]
 
+LOGGER = logging.getLogger(__name__)
 STATE, MANIFEST = "state.pt", "manifest.json"
+# Folders that are no checkpoints: being written, making room for a newer one of the same name, being removed.
+WRITING, ASIDE, REMOVING = ".writing-", ".aside-", ".removing-"
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run; one sub-folder per checkpoint, named by the images seen.
 
-    A checkpoint is written into a temporary folder, flushed to disk, described by a manifest with its size
-    and SHA-256, and then renamed. Older ones are removed only after that.
+    A checkpoint is written into a temporary folder, every file flushed to the disk, the manifest with sizes
+    and SHA-256 last; then the folder is renamed and its parent flushed. Older ones are removed only after
+    the new one was read back and found to be what was written. So at every moment, also after a power cut,
+    the newest folder with a manifest is complete, or an older one is still there.
 
     Args:
         folder: created when the first checkpoint is written.
@@ -35,74 +44,127 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+        return [path for path in self._all() if (path / MANIFEST).is_file()]
 
     def save(self, state: dict[str, Any], images: int) -> Path:
         """Write `state` as the checkpoint at `images` and remove those that are no longer kept.
 
-        Raises: ValueError if the folder cannot be written; earlier checkpoints are untouched then.
+        Raises: ValueError in one line if it cannot be written or reads back differently; earlier checkpoints
+            are untouched then.
         """
         final = self.folder / f"{images:012d}"
-        temporary = self.folder / f".writing-{images:012d}"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            with (temporary / STATE).open("wb") as file:
-                torch.save(state, file)
-                _flush(file.fileno(), file)
-            manifest = {
-                "images": images,
-                "size": (temporary / STATE).stat().st_size,
-                "sha256": _sha256(temporary / STATE),
-            }
-            with (temporary / MANIFEST).open("w", encoding="utf-8") as text:
-                json.dump(manifest, text)
-                _flush(text.fileno(), text)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync_folder(self.folder)
+            self._write(state, images, final)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(self.folder / f"{WRITING}{final.name}", ignore_errors=True)
+            kept = self.paths()
             raise ValueError(
-                f"cannot write the checkpoint {final}: {error.strerror}; free space or choose --out"
+                f"cannot write the checkpoint {final}: {error.strerror or error}; free space or choose "
+                f"another --out; last good checkpoint: {kept[-1] if kept else 'none'}"
             ) from None
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old)
+        self._prune()
         return final
 
     def load(self) -> dict[str, Any] | None:
-        """State of the newest checkpoint whose size and hash agree with its manifest, on the CPU, or None."""
-        for path in reversed(self.paths()):
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            file = path / STATE
-            if (
-                file.is_file()
-                and file.stat().st_size == manifest["size"]
-                and _sha256(file) == manifest["sha256"]
-            ):
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-                return state
+        """State of the newest complete checkpoint, on the CPU; None if the run has none yet.
+
+        What a crash left behind is removed first, and each checkpoint that is passed over is logged.
+
+        Raises: ValueError in one line if there are checkpoints and none of them can be used.
+        """
+        self._tidy()
+        reasons = []
+        for path in reversed(self._all()):
+            found = _read(path)
+            if not isinstance(found, str):
+                return found
+            LOGGER.warning("checkpoint %s is passed over: %s", path, found)
+            reasons.append(f"{path.name}: {found}")
+        if reasons:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be used ({'; '.join(reasons)}); put back a copy, or "
+                "remove that folder to begin again"
+            )
         return None
 
+    def _all(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(descriptor: int, file: Any) -> None:
-    file.flush()
-    os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows cannot open folders and does not need it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+    def _write(self, state: dict[str, Any], images: int, final: Path) -> None:
+        writing, aside = (self.folder / f"{prefix}{final.name}" for prefix in (WRITING, ASIDE))
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            sync_folder(self.folder.parent)
+        if writing.exists():
+            shutil.rmtree(writing)
+        writing.mkdir()
+        files = {STATE: write_file(writing / STATE, lambda sink: torch.save(state, sink))}
+        manifest = {"images": images, "files": {name: to_json(entry) for name, entry in files.items()}}
+        text = (json.dumps(manifest, indent=1) + "\n").encode()
+        write_file(writing / MANIFEST, lambda sink: sink.write(text))
+        sync_folder(writing)
+        if final.exists():  # one that was found damaged, and was made anew
+            final.rename(aside)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            writing.rename(final)
+            sync_folder(self.folder)
+            for name, entry in files.items():
+                if (fault := fault_of(final / name, entry)) is not None:
+                    raise OSError(f"it was not read back as written ({fault})")
+        except OSError:
+            shutil.rmtree(final, ignore_errors=True)
+            if aside.exists():
+                aside.rename(final)
+            raise
+        if aside.exists():
+            shutil.rmtree(aside)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints. That one cannot be removed is no reason to end a run."""
+        try:
+            for old in self.paths()[: -self.keep]:
+                _remove(old)
+        except OSError as error:
+            LOGGER.warning("an old checkpoint in %s cannot be removed: %s", self.folder, error)
+
+    def _tidy(self) -> None:
+        """Put in order what a process left that died while it saved."""
+        leftovers = sorted(self.folder.glob(".*")) if self.folder.is_dir() else []
+        for path in leftovers:
+            if path.name.startswith(ASIDE):
+                home = self.folder / path.name.removeprefix(ASIDE)
+                if not home.exists():
+                    path.rename(home)
+                    continue
+            if path.name.startswith((WRITING, ASIDE, REMOVING)):
+                LOGGER.info("removing %s, left by a save that did not finish", path)
+                shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint in such a way that a process that dies meanwhile does not leave half of one."""
+    going = path.with_name(f"{REMOVING}{path.name}")
+    os.rename(path, going)
+    shutil.rmtree(going)
+
+
+def _read(path: Path) -> dict[str, Any] | str:
+    """State of a checkpoint, or why it cannot be used."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = from_json(dict[str, Entry], manifest["files"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({' '.join(str(error).split())})"
+    for name, entry in {STATE: None, **files}.items():
+        fault = f"{name} is not in its {MANIFEST}" if entry is None else fault_of(path / name, entry)
+        if fault is not None:
+            return fault
+    try:
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        return f"{STATE} cannot be read ({' '.join(str(error).split())[:120]})"
+    return state

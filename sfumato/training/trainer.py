@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sfumato.core.random import Noise
+from sfumato.training.architecture import restore
 from sfumato.training.batches import Batch
+from sfumato.training.compute import Precision, compile_parts, recompute
 from sfumato.training.ema import Average
+from sfumato.training.guard import Fault, bad_weight
 from sfumato.training.log import RunLog
 from sfumato.training.optim import OptimConfig, PhaseOptimizer
 from sfumato.training.posthoc import PostHoc, PostHocConfig
+from sfumato.training.signals import Stop, Stopped
 from sfumato.training.state import Checkpoints
-from sfumato.training.task import Loss, Moment, Task
+from sfumato.training.step import Step
+from sfumato.training.task import Task
 
 __all__ = ["Trainer", "TrainerConfig"]
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Length and cadence of a run; every count is in images.
+    """Length, cadence and computation of a run; every count is in images unless it says steps.
 
     Attributes:
         images: to see in the whole run.
         batch: images per step.
+        accumulate: micro-batches of which a batch is made, for memory's sake; 1 = all at once.
         seed: of the data order, the augmentation and all noise.
         ema: final decay per step of the moving average.
         posthoc: other averages, tracked so that one of any width can be made after the run.
+        precision: of forward passes; "auto" is bfloat16 where the device has it, else float32.
+        compile: compile the parts of the nets with torch.compile.
+        recompute: keep no activations inside blocks but compute them again: less memory, more time.
+        patience: steps in a row with a loss or gradient that is not finite, after which the run stops.
         log_every: images between log lines; 0 = one at the end.
         preview_every: images between sample grids, with one at the end; 0 = none.
         validate_every: images between validations, with one at the end, if pictures are held out; 0 = none.
@@ -44,9 +55,14 @@ class TrainerConfig:
 
     images: int
     batch: int = 64
+    accumulate: int = 1
     seed: int = 0
     ema: float = 0.999
     posthoc: PostHocConfig = field(default_factory=PostHocConfig)
+    precision: Precision = "float32"
+    compile: bool = False
+    recompute: bool = False
+    patience: int = 10
     log_every: int = 1000
     preview_every: int = 10000
     validate_every: int = 10000
@@ -57,9 +73,14 @@ class TrainerConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch"):
+        for name in ("images", "batch", "accumulate", "patience", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"trainer.batch {self.batch} cannot be cut into {self.accumulate} equal micro-batches; "
+                "choose a trainer.accumulate that divides it"
+            )
 
 
 class Trainer:
@@ -80,8 +101,12 @@ class Trainer:
         optim: of the phases that bring none of their own.
         log: see RunLog.
         checkpoints: see Checkpoints.
-        preview: called with the images seen every `preview_every` images and at the end.
+        stop: open already; None = the run cannot be stopped by a signal.
         publish: called with the averaged modules after every checkpoint, and on a resume.
+
+    Attributes:
+        preview: called with the images seen every `preview_every` images and at the end.
+        validate: the same every `validate_every` images; what it returns goes into the log.
     """
 
     def __init__(
@@ -93,7 +118,7 @@ class Trainer:
         optim: OptimConfig,
         log: RunLog,
         checkpoints: Checkpoints,
-        preview: Callable[[int], object] | None = None,
+        stop: Stop | None = None,
         publish: Callable[[Mapping[str, nn.Module]], None] | None = None,
     ) -> None:
         self.task = task
@@ -101,11 +126,14 @@ class Trainer:
         self.config = config
         self.log = log
         self.checkpoints = checkpoints
-        self.preview = preview
+        self.stop = stop or Stop()
         self.publish = publish
+        self.preview: Callable[[int], object] | None = None
         self.validate: Callable[[int], Mapping[str, float]] | None = None
-        self.images = 0
-        self.steps = 0
+        self.images = self.steps = 0
+        self.saved = -1  # images at the last checkpoint
+        self.shown = {"preview": 0, "validation": 0}  # images at the last time
+        self.skipped = self.in_a_row = 0  # steps whose numbers were not finite: all, and until now
         averaged = {name: task.modules[name] for name in task.averaged}
         self.average = Average(averaged, config.ema)
         self.posthoc = PostHoc(averaged, config.posthoc, checkpoints.folder.parent)
@@ -113,25 +141,43 @@ class Trainer:
             name: PhaseOptimizer([task.modules[m] for m in phase.modules], phase.optim or optim)
             for name, phase in task.phases.items()
         }
+        if config.recompute:
+            recompute(task.modules)
+        if config.compile:
+            compile_parts(task.modules)
+        self._step = Step(
+            task,
+            self.optimizers,
+            seed=config.seed,
+            total=config.images,
+            accumulate=config.accumulate,
+            precision=config.precision,
+            compiled=config.compile,
+            stop=self.stop,
+        )
 
     def fit(self) -> None:
         """Train to `config.images`, with logs, previews and checkpoints on the way and at the end.
 
-        Raises: ValueError in one line if a loss or a gradient is not finite; no weight has changed in that
-            phase and the last checkpoint stays.
+        Raises:
+            Stopped: after a signal; there is a checkpoint of where the run stood.
+            ValueError: in one line if losses or gradients were not finite `patience` times in a row, or
+                something cannot be written; the last checkpoint stays.
         """
         self.resume()
-        while self.images < self.config.images:
-            before = self.images
-            metrics = self._step(self.batches(before))
-            self.log.step(self.images, metrics)
-            done = self.images >= self.config.images
-            if self.preview and self._due(before, self.config.preview_every):
-                self.preview(self.images)
-            if self.validate and self._due(before, self.config.validate_every):
-                self.log.note(self.images, self.validate(self.images))
-            if done or self._passed(before, self.config.save_every):
+        try:
+            while self.images < self.config.images:
+                self._advance()
+                self._show()
+                if self._due(self.saved, self.config.save_every):
+                    self.save()
+            self._show()
+            if self.saved < self.images:
                 self.save()
+        except Stopped:
+            if self.saved < self.images:
+                self.save()
+            raise
         self.log.close(self.images)
 
     def resume(self) -> None:
@@ -143,19 +189,25 @@ class Trainer:
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
 
     def save(self) -> None:
-        """Write a checkpoint of the present state, and publish the averages."""
-        self.checkpoints.save(self.state_dict(), self.images)
-        self._publish()
+        """Write a checkpoint of the present state, and publish the averages.
 
-    def _publish(self) -> None:
-        if self.publish is not None:
-            self.publish(self.average.modules)
+        The one place that commits a state. Raises: ValueError in one line if a weight is not finite, or the
+        checkpoint cannot be written.
+        """
+        if (name := bad_weight(self.task.modules)) is not None:
+            raise ValueError(f"{name} is not finite after {self.images:,} images; {self._advice()}")
+        self.checkpoints.save(self.state_dict(), self.images)
+        self.saved = self.images
+        self._publish()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, besides the recipe and the data."""
         return {
             "images": self.images,
             "steps": self.steps,
+            "shown": dict(self.shown),
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
             "seconds": self.log.pause(),
             "modules": {name: module.state_dict() for name, module in self.task.modules.items()},
             "average": self.average.state_dict(),
@@ -165,62 +217,84 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`. Raises: ValueError in one line if it is of another architecture."""
+        restore(state, self.task, self.average, self.optimizers)
         self.images, self.steps = int(state["images"]), int(state["steps"])
-        for name, module in self.task.modules.items():
-            module.load_state_dict(state["modules"][name])
-        self.average.load_state_dict(state["average"])
         self.posthoc.load_state_dict(state["posthoc"], self.images)
-        for name, memory in self.task.memories.items():
-            memory.load_state_dict(state["memories"][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        self.shown |= state["shown"]
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        self.saved = self.images
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        noise = Noise([_seed("sample", self.config.seed, self.images + i) for i in range(len(batch))])
-        # Layers that draw for themselves (nn.Dropout) use torch's generator: it follows the position too.
-        torch.manual_seed(_seed("layers", self.config.seed, self.images))
-        moment = Moment(self.images, self.config.images)
+    def _advance(self) -> None:
+        """One step over the next batch, whether it is taken or skipped."""
+        self.stop.check()
+        with self.stop.interruptible():
+            batch = self.batches(self.images)
+        outcome = self._step(batch, self.images, watched=self.in_a_row + 1 >= self.config.patience)
         end = self.images + len(batch)
-        metrics: dict[str, Tensor] = {}
-        for loss in self.task.losses(batch, noise, moment):
-            optimizer = self.optimizers[loss.phase]
-            optimizer.backward(loss.value)
-            norm = optimizer.clip()
-            self._check(loss, norm)
-            lr = optimizer.step(self.images, end, self.config.images)
-            own = {
-                "loss": loss.value,
-                "grad_norm": norm,
-                "lr": torch.tensor(lr, dtype=torch.float64),
-                **loss.metrics,
-            }
-            metrics |= {f"{loss.phase}/{name}": value.detach() for name, value in own.items()}
-        self.average.update()
-        self.posthoc.update(self.images, end, self.config.images)
+        if outcome.fault is None:
+            self.average.update()
+            self.posthoc.update(self.images, end, self.config.images)
+        self.in_a_row = 0 if outcome.fault is None else self.in_a_row + 1
+        self.skipped += outcome.fault is not None
         self.images, self.steps = end, self.steps + 1
-        return metrics
+        skipped = torch.tensor(float(outcome.fault is not None))
+        self.log.step(self.images, {**outcome.metrics, "skipped": skipped})
+        if outcome.fault is not None:
+            self._endure(outcome.fault)
 
-    def _check(self, loss: Loss, norm: Tensor) -> None:
-        if bool(torch.isfinite(loss.value) & torch.isfinite(norm)):
+    def _endure(self, fault: Fault) -> None:
+        """Pass over a step that was skipped; once too often, go back to the last checkpoint and stop."""
+        what = f"the {fault.what} of phase {fault.phase!r} is not finite"
+        LOGGER.warning(
+            "step %d (%s images) was skipped: %s; %d in a row, %d in all",
+            self.steps, f"{self.images:,}", what, self.in_a_row, self.skipped,
+        )  # fmt: skip
+        if self.in_a_row < self.config.patience:
             return
-        what = "gradient" if bool(torch.isfinite(loss.value)) else "loss"
+        count = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
+        where = f"{count} until step {self.steps} ({self.images:,} images)"
+        state = self.checkpoints.load()
+        if state is not None:
+            self.load_state_dict(state)
+            self.log.begin(self.images, float(state["seconds"]))
+        raise ValueError(f"{what}, {where}; it begins with {fault.culprit}; {self._advice()}")
+
+    def _advice(self) -> str:
         kept = self.checkpoints.paths()
-        raise ValueError(
-            f"the {what} of phase {loss.phase!r} is not finite at step {self.steps + 1} "
-            f"({self.images:,} images); last checkpoint: {kept[-1] if kept else 'none'}; "
+        return (
+            f"the run is back at its last checkpoint: {kept[-1] if kept else 'none'}; "
             "lower the learning rate or raise its warm-up"
         )
 
-    def _due(self, before: int, every: int) -> bool:
-        """Whether the last step crossed a multiple of `every` or ended the run; 0 = never."""
-        return bool(every) and (self.images >= self.config.images or self._passed(before, every))
+    def _show(self) -> None:
+        """Preview and validate if it is time; if that fails, not without a checkpoint."""
+        for name, every, show in (
+            ("preview", self.config.preview_every, self.preview),
+            ("validation", self.config.validate_every, self._validate if self.validate else None),
+        ):
+            self.stop.check()
+            if show is None or not self._due(self.shown[name], every):
+                continue
+            try:
+                with self.stop.interruptible():
+                    show(self.images)
+            except Exception:
+                if self.saved < self.images:
+                    self.save()
+                raise
+            self.shown[name] = self.images
 
-    def _passed(self, before: int, every: int) -> bool:
-        """Whether a multiple of `every` was crossed by the last step; 0 = never."""
-        return bool(every) and self.images // every > before // every
+    def _validate(self, images: int) -> None:
+        assert self.validate is not None
+        self.log.note(images, self.validate(images))
 
+    def _publish(self) -> None:
+        if self.publish is not None and self.images > 0:
+            self.publish(self.average.modules)
 
-def _seed(name: str, seed: int, position: int) -> int:
-    """63 bits for a purpose at a position of a run, whatever the batch size or the number of processes."""
-    return int.from_bytes(hashlib.sha256(f"{name}/{seed}/{position}".encode()).digest()[:8], "little") >> 1
+    def _due(self, last: int, every: int) -> bool:
+        """Whether a multiple of `every` images was passed since `last`, or the end has come; 0 = never."""
+        return bool(every) and (
+            self.images // every > max(last, 0) // every or last < self.images >= self.config.images
+        )

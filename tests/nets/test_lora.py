@@ -258,7 +258,8 @@ def test_the_default_targets_are_the_projections_of_attention():
     [
         (
             lambda net: targets(net, ("out", "to_q")),
-            "lora target 'to_q' fits no linear or convolution layer of Small; its layers: conv, out, point, qkv",
+            "lora target 'to_q' fits no linear or convolution layer of Small; "
+            "its layers: conv, out, point, qkv",
         ),
         (
             lambda net: targets(nn.Sequential(nn.Linear(2, 2)), LoraConfig().targets),

@@ -178,39 +178,6 @@ def test_channels_last(kind: str) -> None:
     torch.testing.assert_close(last, want, **CLOSE)
 
 
-def saved_bytes(net: UNet, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, int]:
-    """Output, and the bytes that autograd keeps for the backward pass."""
-    total = 0
-
-    def pack(v: Tensor) -> Tensor:
-        nonlocal total
-        total += v.nbytes
-        return v
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-        return net(x, t, cond), total
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_checkpointing_keeps_gradients_and_saves_memory(kind: str, frozen: bool) -> None:
-    net = awake(UNet(config(kind))).requires_grad_(not frozen)
-    x, t, cond = inputs(size=(16, 16))
-    gradients, sizes = [], []
-    for on in (False, True):
-        net.set_checkpointing(on)
-        net.zero_grad()
-        leaf = x.clone().requires_grad_()
-        y, size = saved_bytes(net, leaf, t, cond)
-        y.square().sum().backward()
-        sizes.append(size)
-        gradients.append([leaf.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
-    assert gradients[0][0].any()
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-5)
-    assert sizes[1] < 0.6 * sizes[0]
-
-
 def test_halves_make_the_whole() -> None:
     """What a ControlNet or a classifier takes from the net."""
     net = awake(UNet(config()))
