@@ -207,7 +207,8 @@ def test_a_learned_logvar_is_in_the_optimizer_and_moves_toward_the_logarithm_of_
     optimizer.backward(loss.value)
     torch.testing.assert_close(task.logvar.value.grad, (1 - rec / math.e).detach())
     optimizer.step(0, 1, 100)
-    assert float(task.logvar.value.detach()) == pytest.approx(1.0 - 0.01)  # Adam's first step is the learning rate
+    # The first step of Adam is the learning rate.
+    assert float(task.logvar.value.detach()) == pytest.approx(1.0 - 0.01)
 
 
 @pytest.mark.parametrize(("legacy", "encoder", "codebook"), [(False, 0.25, 1.0), (True, 1.0, 0.25)])
