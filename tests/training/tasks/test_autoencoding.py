@@ -182,7 +182,7 @@ def test_a_sum_over_elements_is_the_published_loss_and_the_mean_is_that_per_elem
     summed = by_phase(task, LATE)["generator"]
     weight = summed.metrics["adaptive_weight"]
     torch.testing.assert_close(summed.value, published(task, config, batch().images, weight))
-    # 2 * 8 * 8 latent elements, 3 * 16 * 16 of the image; the constant of the adaptive weight is not scaled
+    # 2 * 8 * 8 latent elements and 3 * 16 * 16 of the image; the adaptive weight has a constant of its own
     config = dataclasses.replace(config, reduction="mean", kl=1e-2 * 128 / 768, adversarial=0.0)
     task = build(dataclasses.replace(config, reduction="sum", kl=1e-2))
     mean = build(config)
@@ -207,7 +207,8 @@ def test_a_learned_logvar_is_in_the_optimizer_and_moves_toward_the_logarithm_of_
     optimizer.backward(loss.value)
     torch.testing.assert_close(task.logvar.value.grad, (1 - rec / math.e).detach())
     optimizer.step(0, 1, 100)
-    assert float(task.logvar.value) == pytest.approx(1.0 - 0.01)  # Adam's first step is the learning rate
+    # The first step of Adam is the learning rate.
+    assert float(task.logvar.value.detach()) == pytest.approx(1.0 - 0.01)
 
 
 @pytest.mark.parametrize(("legacy", "encoder", "codebook"), [(False, 0.25, 1.0), (True, 1.0, 0.25)])
