@@ -19,7 +19,7 @@ def columns_of(image, color, slack=40):
     return {
         x
         for x in range(width)
-        for y in range(90, height)
+        for y in range(55, height)
         if all(abs(a - b) < slack for a, b in zip(pixels[x, y], rgb(color), strict=True))
     }
 
@@ -28,7 +28,7 @@ def lowest_row(image, color, x, slack=60):
     pixels = image.load()
     rows = [
         y
-        for y in range(90, image.size[1])
+        for y in range(55, image.size[1])
         if all(abs(a - b) < slack for a, b in zip(pixels[x, y], rgb(color), strict=True))
     ]
     return max(rows)
