@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -143,7 +144,7 @@ def _state(rows: Sequence[Mapping[str, float]], done: bool, silence: float) -> S
         return "new"
     if done:
         return "finished"
-    pauses = [b["seconds"] - a["seconds"] for a, b in zip(rows[-6:-1], rows[-5:], strict=False)]
+    pauses = [b["seconds"] - a["seconds"] for a, b in pairwise(rows[-6:])]
     return "running" if silence <= max(QUIET, 3 * max(pauses, default=0.0)) else "stopped"
 
 

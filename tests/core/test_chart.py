@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from sfumato.core.chart import COLORS, Curve, chart, short, ticks
@@ -12,26 +13,20 @@ def rgb(color):
     return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
 
 
+def drawn_in(image, color, slack):
+    """(H, W) bool, where a pixel below the legend is near a color."""
+    near = (np.abs(np.asarray(image, np.int16) - rgb(color)) < slack).all(axis=2)
+    near[:55] = False
+    return near
+
+
 def columns_of(image, color, slack=40):
-    """x of every pixel near a color, below the legend."""
-    width, height = image.size
-    pixels = image.load()
-    return {
-        x
-        for x in range(width)
-        for y in range(90, height)
-        if all(abs(a - b) < slack for a, b in zip(pixels[x, y], rgb(color), strict=True))
-    }
+    """x of every pixel near a color."""
+    return set(np.flatnonzero(drawn_in(image, color, slack).any(axis=0)).tolist())
 
 
 def lowest_row(image, color, x, slack=60):
-    pixels = image.load()
-    rows = [
-        y
-        for y in range(90, image.size[1])
-        if all(abs(a - b) < slack for a, b in zip(pixels[x, y], rgb(color), strict=True))
-    ]
-    return max(rows)
+    return int(np.flatnonzero(drawn_in(image, color, slack)[:, x]).max())
 
 
 def test_a_falling_curve_falls_from_left_to_right():
