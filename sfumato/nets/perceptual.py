@@ -137,13 +137,14 @@ class SqueezeTrunk(Normalized):
     def __init__(self, config: SqueezeConfig) -> None:
         super().__init__()
         self.pooled = config.pooled
-        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(3, config.stem, 3, stride=2), nn.ReLU())])
+        stages = [nn.Sequential(nn.Conv2d(3, config.stem, 3, stride=2), nn.ReLU())]
         cin = config.stem
         for (stage, place), (between, out) in zip(config.places, config.fires, strict=True):
             if place == 0:
-                self.stages.append(nn.Sequential())
-            self.stages[stage].append(Fire(cin, between, out))
+                stages.append(nn.Sequential())
+            stages[stage].append(Fire(cin, between, out))
             cin = 2 * out
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         h = self.normalized(image)

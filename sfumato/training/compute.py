@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,7 +79,8 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self._forward(*args, **named)
         # Not reentrant: that one loses the gradient to the input when the weights are frozen.
-        return checkpoint(self._forward, *args, use_reentrant=False, **named)
+        result: object = checkpoint(partial(self._forward, **named), *args, use_reentrant=False)
+        return result
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

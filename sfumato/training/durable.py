@@ -1,4 +1,4 @@
-"""Files that are on the disk, not only in its cache, when the call returns; with the digest of their bytes."""
+"""Files that are on the disk, not only in its cache, when the call returns; with a digest of their bytes."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from sfumato.core.image import to_float
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.data.datasets import ImageFolder, stack
+from sfumato.data.entries import Entry
 from sfumato.data.order import Draw
-from sfumato.training.batches import DataConfig, captions, open_folder
+from sfumato.training.batches import DataConfig, open_folder
 
 __all__ = ["HeldOut", "ValidationConfig", "hold_out"]
 
@@ -57,13 +58,13 @@ def hold_out(
     """
     if config.split is None and config.share is None:
         return pictures, None
-    held = open_folder(replace(data, split=config.split or data.split, flip=False, shift=0))
+    held = open_folder(replace(data, split=config.split or data.split, flip=False, shift=0, crop=None))
     if config.share is not None:
         share = config.share
-        held.entries = tuple(e for e in held.entries if _position(e.path.relative_to(held.path)) < share)
-    apart = {entry.path for entry in held.entries}
+        held.entries = tuple(e for e in held.entries if _position(_name(e, held)) < share)
+    apart = {_name(entry, held) for entry in held.entries}
     rest = copy.copy(pictures)
-    rest.entries = tuple(entry for entry in pictures.entries if entry.path not in apart)
+    rest.entries = tuple(entry for entry in pictures.entries if _name(entry, held) not in apart)
     if not rest.entries or not held.entries:
         asked = f"split {config.split!r}" if config.share is None else f"share {config.share}"
         raise ValueError(
@@ -87,7 +88,7 @@ class HeldOut:
     def __init__(self, folder: ImageFolder, batch: int, draws: int) -> None:
         samples = folder.draw([Draw(i, i, 0) for i in range(len(folder))])
         self.pictures = stack(samples)
-        self.text = captions(samples)
+        self.text = tuple(sample.text or "" for sample in samples)
         labels = [sample.label for sample in samples]
         self.label = None if None in labels else torch.tensor(labels)
         self.batch = batch
@@ -112,6 +113,12 @@ class HeldOut:
         return Noise(range(rows.start, rows.stop)).fork(f"validation/{name}")
 
 
-def _position(path: Path) -> float:
+def _name(entry: Entry, folder: ImageFolder) -> str:
+    """What a picture is called within its folder, or within its shards."""
+    file = entry.file
+    return file.relative_to(folder.path).as_posix() if isinstance(file, Path) else str(file)
+
+
+def _position(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -101,7 +101,7 @@ def read_run(folder: Path, *, now: float) -> Run:
     Raises: ValueError in one line if recipe.json is none.
     """
     recipe = _recipe(folder / "recipe.json")
-    total = int(recipe["trainer"]["images"])
+    total = int(str(recipe["trainer"]["images"]))
     log = folder / "log.jsonl"
     rows = read_log(log) if log.is_file() else []
     steps = [row for row in rows if "images_per_second" in row]
@@ -151,7 +151,7 @@ def _state(rows: Sequence[Mapping[str, float]], done: bool, silence: float) -> S
 def _recipe(path: Path) -> dict[str, dict[str, object]]:
     try:
         recipe = json.loads(path.read_text("utf-8"))
-        recipe["name"], recipe["trainer"]["images"] = recipe["name"], int(recipe["trainer"]["images"])
+        recipe["name"], recipe["trainer"]["images"] = recipe["name"], int(str(recipe["trainer"]["images"]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the recipe of a run; name another folder, or remove it") from None
     return recipe

@@ -121,7 +121,8 @@ class _Encoding:
 
     def _fresh(self, source: dict[int, int]) -> Iterator[tuple[str, Fields]]:
         """What the cache lacks, encoded; pictures of one size side by side."""
-        rows = sorted(source, key=self._size) if self.sizes is not None else list(source)
+        sizes = self.sizes
+        rows = list(source) if sizes is None else sorted(source, key=lambda row: sizes[row])
         for _, alike in groupby(rows, self._size):
             waiting: dict[str, Sample] = {}
             for row in alike:

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -100,7 +100,8 @@ class Checkpoints:
         if writing.exists():
             shutil.rmtree(writing)
         writing.mkdir()
-        files = {STATE: write_file(writing / STATE, lambda sink: torch.save(state, sink))}
+        # torch.save needs no more of a file than `write` and `flush`.
+        files = {STATE: write_file(writing / STATE, lambda sink: torch.save(state, cast(IO[bytes], sink)))}
         manifest = {"images": images, "files": {name: to_json(entry) for name, entry in files.items()}}
         text = (json.dumps(manifest, indent=1) + "\n").encode()
         write_file(writing / MANIFEST, lambda sink: sink.write(text))

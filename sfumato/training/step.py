@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class Step:
                 optimizer = self.optimizers[loss.phase]
                 norm = optimizer.clip()
                 if not finite(loss.value, norm):
-                    what = "gradient" if finite(loss.value) else "loss"
+                    what: Literal["loss", "gradient"] = "gradient" if finite(loss.value) else "loss"
                     culprit = "" if watch is None else watch.culprit(what)
                     self._drop(before)
                     return Outcome({}, Fault(loss.phase, what, culprit))

@@ -17,7 +17,7 @@ from sfumato.diffusion.guidance import noise_fraction
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.times import Uniform
 from sfumato.nets.autoencoder import Autoencoder
-from sfumato.nets.perceptual import PerceptualNet
+from sfumato.nets.perceptual import FeatureDistance
 from sfumato.systems.config import SystemConfig
 from sfumato.systems.system import assemble
 from sfumato.training.held_out import HeldOut
@@ -78,7 +78,7 @@ class ReconstructionLoss:
         perceptual: frozen net, or None.
     """
 
-    def __init__(self, config: AutoencodingConfig, perceptual: PerceptualNet | None) -> None:
+    def __init__(self, config: AutoencodingConfig, perceptual: FeatureDistance | None) -> None:
         self.config = config
         self.perceptual = perceptual
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sfumato.checkpoints.files import read_weights
-from sfumato.checkpoints.keymap import KeyMap, Row, squeezed
+from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable, Row, squeezed
 from sfumato.checkpoints.weights import assign
 from sfumato.nets.perceptual import (
     FeatureDistance,
@@ -26,12 +26,13 @@ __all__ = ["heads_map", "read_lpips", "squeeze_map", "vgg_map"]
 
 CLASSIFIER = ("classifier.",)  # what torchvision's trunks feed; LPIPS has no use for it
 CONVS = (2, 2, 3, 3, 3)  # of the stages of VGG-16
-FIRE = {"squeeze": "squeeze", "expand1x1": "expand1", "expand3x3": "expand3"}
+FIRE: LeafTable = {"squeeze": "squeeze", "expand1x1": "expand1", "expand3x3": "expand3"}
 
 
 def vgg_map(config: PerceptualConfig) -> KeyMap:
     """Names of a VGG trunk: torchvision counts convolutions, activations and pools in one row."""
-    table, index = {}, 0
+    table: dict[str | tuple[str, ...], str | Leaf] = {}
+    index = 0
     for i, convs in enumerate(config.convs):
         index += i > 0  # the pool before the stage
         for j in range(convs):
@@ -46,7 +47,8 @@ def squeeze_map(config: SqueezeConfig) -> KeyMap:
         (f"features.{index}", f"trunk.stages.{stage}.{place}", FIRE)
         for index, (stage, place) in zip(_fire_indices(config), config.places, strict=True)
     ]
-    return KeyMap.of([("features.0", "trunk.stages.0.0", {"": ""}), *blocks], CLASSIFIER)
+    stem: tuple[str, str, LeafTable] = ("features.0", "trunk.stages.0.0", {"": ""})
+    return KeyMap.of([stem, *blocks], CLASSIFIER)
 
 
 def heads_map(count: int) -> KeyMap:
