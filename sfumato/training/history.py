@@ -100,8 +100,7 @@ def read_run(folder: Path, *, now: float) -> Run:
 
     Raises: ValueError in one line if recipe.json is none.
     """
-    recipe = _recipe(folder / "recipe.json")
-    total = int(str(recipe["trainer"]["images"]))
+    recipe, total = _recipe(folder / "recipe.json")
     log = folder / "log.jsonl"
     rows = read_log(log) if log.is_file() else []
     steps = [row for row in rows if "images_per_second" in row]
@@ -112,7 +111,7 @@ def read_run(folder: Path, *, now: float) -> Run:
     return Run(
         folder=folder,
         name=folder.resolve().name,
-        recipe=str(recipe["name"]),
+        recipe=recipe,
         state=_state(rows, images >= total, now - log.stat().st_mtime if rows else 0.0),
         images=images,
         total=total,
@@ -148,10 +147,10 @@ def _state(rows: Sequence[Mapping[str, float]], done: bool, silence: float) -> S
     return "running" if silence <= max(QUIET, 3 * max(pauses, default=0.0)) else "stopped"
 
 
-def _recipe(path: Path) -> dict[str, dict[str, object]]:
+def _recipe(path: Path) -> tuple[str, int]:
+    """Name and number of images."""
     try:
         recipe = json.loads(path.read_text("utf-8"))
-        recipe["name"], recipe["trainer"]["images"] = recipe["name"], int(str(recipe["trainer"]["images"]))
+        return str(recipe["name"]), int(recipe["trainer"]["images"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the recipe of a run; name another folder, or remove it") from None
-    return recipe
