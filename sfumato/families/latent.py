@@ -53,7 +53,7 @@ MUON = OptimConfig(
     final=0.02,
     clip=10.0,
 )
-# For denoisers: in trials of 150 seconds small batches of AdamW went further than Muon and than batches of 64.
+# For denoisers: in trials of 150 seconds small batches and AdamW went further than Muon and batches of 64.
 ADAMW = OptimConfig(
     lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, lr_schedule="wsd", warmup=3200, decay=0.35, final=0.02
 )
