@@ -62,8 +62,9 @@ def edm(sigma_data: float = 0.5) -> Parameterization:
     """Preconditioning of Karras et al. 2022 (arXiv:2206.00364), table 1, for levels with alpha = 1."""
 
     def coefficients(level: Level) -> Coefficients:
-        total = level.sigma**2 + sigma_data**2
-        return Coefficients(sigma_data**2 / total, level.sigma * sigma_data * total.rsqrt(), total.rsqrt())
+        total = level.sigma.square() + sigma_data**2
+        root = total.rsqrt()
+        return Coefficients(sigma_data**2 / total, level.sigma * sigma_data * root, root)
 
     return coefficients
 

@@ -56,7 +56,7 @@ MUON = OptimConfig(
     final=0.02,
     clip=10.0,
 )
-# For denoisers: within 150 seconds small batches and AdamW went further than Muon and than batches of 64.
+# For denoisers: in trials of 150 seconds small batches and AdamW went further than Muon and batches of 64.
 ADAMW = OptimConfig(
     lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, lr_schedule="wsd", warmup=3200, decay=0.35, final=0.02
 )
@@ -177,7 +177,7 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
         task=task,
         data=replace(OPENMOJI, even="concept"),
         optim=ADAMW,
-        trainer=TrainerConfig(images=600_000, batch=32, ema=0.999, preview_every=50_000, save_every=25_000),
+        trainer=TrainerConfig(images=440_000, batch=32, ema=0.999, preview_every=50_000, save_every=25_000),
         about=_about("Text-to-image latent diffusion on OpenMoji, 64x64."),
     )
 
