@@ -139,9 +139,12 @@ def _aliases(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run on import: everything but the bodies of functions and lambdas, and the main guard."""
+    """Nodes that run on import: everything but the bodies of functions and lambdas, the main guard, and
+    what only type checkers read.
+    """
     for child in ast.iter_child_nodes(node):
-        guard = isinstance(child, ast.If) and "__main__" in ast.unparse(child.test)
+        test = ast.unparse(child.test) if isinstance(child, ast.If) else ""
+        guard = "__main__" in test or test == "TYPE_CHECKING"
         if guard or isinstance(child, ast.Lambda):
             continue
         yield child
@@ -204,7 +207,7 @@ def test_third_party_imports_are_declared() -> None:
     optional = set().union(*(_module_names(extras[e]) for e in extras if e != "dev"))
     wrong = []
     for name, tree in TREES.items():
-        on_import = {line for node in _executed(tree) for line, _ in imports(node, set())}
+        on_import = {n.lineno for n in _executed(tree) if isinstance(n, ast.Import | ast.ImportFrom)}
         for line, target in imports(tree, set()):
             top = target.split(".")[0]
             if top in sys.stdlib_module_names | required | {"sfumato"}:

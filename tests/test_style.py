@@ -19,6 +19,8 @@ DATA_TABLES: frozenset[str] = frozenset()
 ANY_ALLOWED = frozenset(
     {
         "sfumato/core/config.py:to_json",
+        "sfumato/training/architecture.py:restore",
+        "sfumato/training/posthoc.py:fit",
         "sfumato/training/state.py:Checkpoints.load",
         "sfumato/training/state.py:Checkpoints.save",
     }

@@ -75,7 +75,8 @@ def train(recipe: Recipe, *, force: bool = False) -> Path:
             with stop.interruptible():
                 job = build(recipe, place)
                 trainer = _trainer(recipe, job, place, stop)
-                trainer.validate = _validation(recipe, job, kept_out, trainer)
+                if (validation := _validation(recipe, job, kept_out, trainer)) is not None:
+                    trainer.validate = lambda at: trainer.log.note(at, validation(at))
         except ValueError:
             if new:  # the mistake must not stand in the way of the corrected recipe
                 forget(place.out)

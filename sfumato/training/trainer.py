@@ -106,7 +106,7 @@ class Trainer:
 
     Attributes:
         preview: called with the images seen every `preview_every` images and at the end.
-        validate: the same every `validate_every` images; what it returns goes into the log.
+        validate: the same every `validate_every` images.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Trainer:
         self.stop = stop or Stop()
         self.publish = publish
         self.preview: Callable[[int], object] | None = None
-        self.validate: Callable[[int], Mapping[str, float]] | None = None
+        self.validate: Callable[[int], object] | None = None
         self.images = self.steps = 0
         self.saved = -1  # images at the last checkpoint
         self.shown = {"preview": 0, "validation": 0}  # images at the last time
@@ -182,8 +182,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or start at nothing."""
-        state = self.checkpoints.load()
-        if state is not None:
+        if (state := self.checkpoints.load()) is not None:
             self.load_state_dict(state)
             self._publish()  # the run may have died between a checkpoint and this
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
@@ -194,8 +193,10 @@ class Trainer:
         The one place that commits a state. Raises: ValueError in one line if a weight is not finite, or the
         checkpoint cannot be written.
         """
-        if (name := bad_weight(self.task.modules)) is not None:
-            raise ValueError(f"{name} is not finite after {self.images:,} images; {self._advice()}")
+        if name := bad_weight(self.task.modules):
+            raise ValueError(
+                f"{name} is not finite after {self.images:,} images; {_advice(self.checkpoints)}"
+            )
         self.checkpoints.save(self.state_dict(), self.images)
         self.saved = self.images
         self._publish()
@@ -238,8 +239,7 @@ class Trainer:
         self.in_a_row = 0 if outcome.fault is None else self.in_a_row + 1
         self.skipped += outcome.fault is not None
         self.images, self.steps = end, self.steps + 1
-        skipped = torch.tensor(float(outcome.fault is not None))
-        self.log.step(self.images, {**outcome.metrics, "skipped": skipped})
+        self.log.step(end, {**outcome.metrics, "skipped": torch.tensor(float(outcome.fault is not None))})
         if outcome.fault is not None:
             self._endure(outcome.fault)
 
@@ -252,26 +252,18 @@ class Trainer:
         )  # fmt: skip
         if self.in_a_row < self.config.patience:
             return
-        count = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
-        where = f"{count} until step {self.steps} ({self.images:,} images)"
-        state = self.checkpoints.load()
-        if state is not None:
+        steps = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
+        where = f"{steps} until step {self.steps} ({self.images:,} images)"
+        if (state := self.checkpoints.load()) is not None:
             self.load_state_dict(state)
             self.log.begin(self.images, float(state["seconds"]))
-        raise ValueError(f"{what}, {where}; it begins with {fault.culprit}; {self._advice()}")
-
-    def _advice(self) -> str:
-        kept = self.checkpoints.paths()
-        return (
-            f"the run is back at its last checkpoint: {kept[-1] if kept else 'none'}; "
-            "lower the learning rate or raise its warm-up"
-        )
+        raise ValueError(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
 
     def _show(self) -> None:
         """Preview and validate if it is time; if that fails, not without a checkpoint."""
         for name, every, show in (
             ("preview", self.config.preview_every, self.preview),
-            ("validation", self.config.validate_every, self._validate if self.validate else None),
+            ("validation", self.config.validate_every, self.validate),
         ):
             self.stop.check()
             if show is None or not self._due(self.shown[name], every):
@@ -285,16 +277,22 @@ class Trainer:
                 raise
             self.shown[name] = self.images
 
-    def _validate(self, images: int) -> None:
-        assert self.validate is not None
-        self.log.note(images, self.validate(images))
-
     def _publish(self) -> None:
         if self.publish is not None and self.images > 0:
             self.publish(self.average.modules)
 
     def _due(self, last: int, every: int) -> bool:
-        """Whether a multiple of `every` images was passed since `last`, or the end has come; 0 = never."""
-        return bool(every) and (
-            self.images // every > max(last, 0) // every or last < self.images >= self.config.images
-        )
+        return _passed(last, self.images, every) or (every > 0 and last < self.images >= self.config.images)
+
+
+def _passed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies after `before`, up to now; 0 = never."""
+    return every > 0 and now // every > max(before, 0) // every
+
+
+def _advice(checkpoints: Checkpoints) -> str:
+    kept = checkpoints.paths()
+    return (
+        f"the run is back at its last checkpoint: {kept[-1] if kept else 'none'}; "
+        "lower the learning rate or raise its warm-up"
+    )

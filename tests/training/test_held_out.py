@@ -10,7 +10,7 @@ from sfumato.training.held_out import HeldOut, ValidationConfig, hold_out
 
 
 def names(folder):
-    return {entry.path.name for entry in folder.entries}
+    return {entry.file.name for entry in folder.entries}
 
 
 def test_a_split_is_kept_from_training_whatever_the_data_say(pictures):

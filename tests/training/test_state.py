@@ -49,19 +49,23 @@ def test_a_save_that_dies_before_the_rename_leaves_the_last_one(tmp_path, monkey
     assert checkpoints.load()["images"] == 1
 
 
-def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path):
+def test_a_folder_without_manifest_is_not_a_checkpoint_and_no_reason_to_begin_again(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     path = checkpoints.save({"images": 5}, 5)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["images"] == 5
     (path / "manifest.json").unlink()
-    assert checkpoints.load() is None
+    with pytest.raises(ValueError, match=r"no checkpoint .* can be used .*it has no manifest\.json") as error:
+        checkpoints.load()
+    assert "\n" not in str(error.value)
+    checkpoints.save({"images": 9}, 9)
+    assert checkpoints.load() == {"images": 9}
 
 
 def test_nothing_but_tensors_and_plain_values_is_ever_loaded(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save({"bad": pytest.raises}, 1)
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(Exception, match="Weights only load failed"):
         checkpoints.load()
 
 

@@ -61,9 +61,9 @@ def trainer(folder, *, total=40, task=None, preview=None, **config) -> Trainer:
     log = RunLog(folder / "log.jsonl", total, settings.log_every, quiet=True)
     optim = OptimConfig(lr=0.05, warmup=8, kind="muon")
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    return Trainer(
-        task or TwoPhases(), batches, settings, optim=optim, log=log, checkpoints=checkpoints, preview=preview
-    )
+    made = Trainer(task or TwoPhases(), batches, settings, optim=optim, log=log, checkpoints=checkpoints)
+    made.preview = preview
+    return made
 
 
 def same(a, b) -> bool:
@@ -174,9 +174,10 @@ def test_log_names_metrics_by_phase_with_the_learning_rate_of_each(tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, where):
-    run = trainer(tmp_path, task=TwoPhases(break_at=16, where=where))
+    run = trainer(tmp_path, task=TwoPhases(break_at=16, where=where), patience=1)
     with pytest.raises(
-        ValueError, match=f"the {where} of phase 'one' is not finite at step 5 .16 images."
+        ValueError,
+        match=f"the {where} of phase 'one' is not finite, 1 step in a row until step 5 .20 images.",
     ) as error:
         run.fit()
     assert "\n" not in str(error.value)

@@ -67,7 +67,9 @@ def test_training_has_the_same_bits_with_and_without_it(name, pictures, tmp_path
     assert list(validations(tmp_path / "with")) == [16, 32, 48]
     assert validations(tmp_path / "without") == {}
     assert not (tmp_path / "without" / "best").exists()
-    assert same(newest(tmp_path / "with"), newest(tmp_path / "without"))
+    states = [newest(tmp_path / n) for n in ("with", "without")]
+    assert [state.pop("shown")["validation"] for state in states] == [48, 0]
+    assert same(*states)
     load = {"toy-dit": "denoiser", "toy-autoencoder": "autoencoder"}[name]
     weights = [tmp_path / n / "system" / f"{load}.safetensors" for n in ("with", "without")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
