@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +21,20 @@ class PreviewFiles:
         folder: of the run.
         draw: the pictures to show, (n, 3, H, W) in [-1, 1]; called without gradients.
         columns: pictures per row.
+        notice: license and attribution, as text that each file carries.
     """
 
-    def __init__(self, folder: Path, draw: Callable[[], Tensor], columns: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        draw: Callable[[], Tensor],
+        columns: int = 8,
+        notice: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder / "previews"
         self.draw = draw
         self.columns = columns
+        self.notice = notice
 
     def __call__(self, images: int) -> Path:
         """Write the grid for a run that has seen `images`.
@@ -36,4 +44,4 @@ class PreviewFiles:
         with torch.no_grad():
             pictures = torch.nan_to_num(self.draw().float().cpu(), nan=-1.0, posinf=-1.0, neginf=-1.0)
         sheet = grid(to_uint8(pictures), columns=self.columns)
-        return save_png(self.folder / f"{images:012d}.png", sheet)
+        return save_png(self.folder / f"{images:012d}.png", sheet, text=self.notice)

@@ -126,7 +126,9 @@ def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
         stop=stop,
         publish=publish,
     )
-    files = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.modules))
+    files = PreviewFiles(
+        place.out, lambda: job.task.preview(trainer.average.modules), notice=place.about.notice
+    )
     trainer.preview = lambda images: trainer.log.picture(images, files(images))
     return trainer
 

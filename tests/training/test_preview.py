@@ -22,3 +22,10 @@ def test_pictures_that_are_not_finite_are_shown_black(tmp_path):
     path = PreviewFiles(tmp_path, lambda: torch.full((1, 3, 4, 4), torch.nan))(1)
     with Image.open(path) as sheet:
         assert sheet.getextrema() == ((0, 0),) * 3
+
+
+def test_a_sheet_carries_license_and_attribution(tmp_path):
+    notice = {"Copyright": "by somebody"}
+    path = PreviewFiles(tmp_path, lambda: torch.zeros(1, 3, 4, 4), notice=notice)(1)
+    with Image.open(path) as image:
+        assert image.text["Copyright"] == "by somebody"
