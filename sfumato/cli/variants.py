@@ -23,11 +23,13 @@ class Part(NamedTuple):
     """A field that holds a dataclass, or may.
 
     Attributes:
+        flag: its name in flags; "" if its own fields stand in its place.
         kinds: its dataclasses that can be made from nothing, by their tag; "" if they have none.
         optional: whether it may be None.
     """
 
     name: str
+    flag: str
     kinds: dict[str, type]
     optional: bool
 
@@ -40,7 +42,7 @@ def choose(value: T, args: Sequence[str], prefix: str = "") -> tuple[T, list[str
     left = list(args)
     changes: dict[str, Any] = {}
     for part in _parts(value):
-        path = f"{prefix}{part.name}"
+        path = f"{prefix}{part.flag}"
         current = getattr(value, part.name)
         found = _given(left, f"{path}.kind")
         if found is not None and prefix and part.kinds.keys() - {""}:  # the task is the recipe's own
@@ -54,7 +56,7 @@ def choose(value: T, args: Sequence[str], prefix: str = "") -> tuple[T, list[str
             (kind,) = part.kinds.values()
             current = kind()
         if current is not None:
-            current, left = choose(current, left, f"{path}.")
+            current, left = choose(current, left, f"{path}." if path else "")
         if current is not getattr(value, part.name):
             changes[part.name] = current
     return (replace(value, **changes) if changes else value), left  # type: ignore[type-var]
@@ -63,7 +65,7 @@ def choose(value: T, args: Sequence[str], prefix: str = "") -> tuple[T, list[str
 def choices(value: object, prefix: str = "") -> Iterator[str]:
     """A line of help for every part of which there are several kinds, or that may be made or taken away."""
     for part in _parts(value):
-        path, current = f"--{prefix}{part.name}".replace("_", "-"), getattr(value, part.name)
+        path, current = f"--{prefix}{part.flag}".replace("_", "-"), getattr(value, part.name)
         tags = [tag for tag in part.kinds if tag]
         if len(tags) > 1 and prefix:
             yield f"{path}.kind {{{','.join(tags)}}}"
@@ -73,7 +75,7 @@ def choices(value: object, prefix: str = "") -> Iterator[str]:
             (kind,) = part.kinds.values()
             yield f"{path}.{{{','.join(f.name.replace('_', '-') for f in fields(kind))}}}"
         if current is not None:
-            yield from choices(current, f"{prefix}{part.name}.")
+            yield from choices(current, f"{prefix}{part.flag}." if part.flag else prefix)
 
 
 def _parts(value: object) -> Iterator[Part]:
@@ -83,7 +85,8 @@ def _parts(value: object) -> Iterator[Part]:
         kinds: list[Any] = [m for m in members if is_dataclass(m)]
         if kinds:
             ready = {_tag(kind): kind for kind in kinds if _bare(kind)}
-            yield Part(field.name, ready, type(None) in members)
+            shown = [m.name for m in _notes(hints[field.name]) if getattr(m, "name", None) is not None]
+            yield Part(field.name, shown[0] if shown else field.name, ready, type(None) in members)
 
 
 def _members(hint: Any) -> Iterator[Any]:
@@ -95,6 +98,11 @@ def _members(hint: Any) -> Iterator[Any]:
             yield from _members(member)
     else:
         yield hint
+
+
+def _notes(hint: Any) -> tuple[Any, ...]:
+    """What is annotated to a type: `tyro.conf.arg(name="")` among it."""
+    return getattr(hint, "__metadata__", ())
 
 
 def _bare(kind: Any) -> bool:
