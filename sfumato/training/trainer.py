@@ -90,10 +90,6 @@ class Trainer:
     count): the data position is the number of images seen, and the noise of a sample is derived from the
     seed and that number.
 
-    Attributes:
-        validate: called with the images seen every `validate_every` images and at the end; its numbers are
-            logged.
-
     Args:
         task: already on its device.
         batches: the batch that starts at a given number of images seen; its length is what counts.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,19 @@ def pictures(tmp_path: Path) -> Path:
         rows.append({"file_name": f"{i}.png", "text": f"{name} bar {i}", "concept": name, "split": split})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(k == "seconds" or _same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def same() -> Callable[[object, object], bool]:
+    """Whether two states of a run hold the same bits; seconds of wall time apart."""
+    return _same

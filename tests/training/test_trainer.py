@@ -66,17 +66,6 @@ def trainer(folder, *, total=40, task=None, preview=None, **config) -> Trainer:
     return made
 
 
-def same(a, b) -> bool:
-    """Whether two states hold the same bits; seconds of wall time apart."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "seconds" or same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def test_it_sees_each_position_once_and_stops_at_the_last(tmp_path):
     run = trainer(tmp_path)
     run.fit()
@@ -84,7 +73,7 @@ def test_it_sees_each_position_once_and_stops_at_the_last(tmp_path):
     assert (run.images, run.steps) == (40, 10)
 
 
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, same):
     whole = trainer(tmp_path / "whole")
     whole.fit()
     first = trainer(tmp_path / "parts")

@@ -42,16 +42,6 @@ def newest(out: Path) -> dict:
     return torch.load(sorted((out / "checkpoints").iterdir())[-1] / "state.pt", weights_only=True)
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "seconds" or same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def validations(out: Path) -> dict[int, float]:
     return {int(row["images"]): row[LOSS] for row in read_log(out / "log.jsonl") if LOSS in row}
 
@@ -61,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["toy-dit", "toy-autoencoder"])
-def test_training_has_the_same_bits_with_and_without_it(name, pictures, tmp_path):
+def test_training_has_the_same_bits_with_and_without_it(name, pictures, tmp_path, same):
     train(toy(name, pictures, tmp_path / "with"))
     train(toy(name, pictures, tmp_path / "without", split=None))
     assert list(validations(tmp_path / "with")) == [16, 32, 48]
@@ -75,7 +65,9 @@ def test_training_has_the_same_bits_with_and_without_it(name, pictures, tmp_path
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(pictures, tmp_path, monkeypatch):
+def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(
+    pictures, tmp_path, monkeypatch, same
+):
     whole, parts = (toy("toy-dit", pictures, tmp_path / n, validate_every=8) for n in ("whole", "parts"))
     train(whole)
     save = Checkpoints.save
