@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.core.registry import Registry
+from sfumato.core.world import whole
 from sfumato.nets.tags import Role, parts_of, role_of_layer
 from sfumato.training.muon import Muon
+from sfumato.training.shards import like
 from sfumato.training.torch_optim import Option, check_options, optimizer_class, takes_decay
 
 __all__ = ["LR_SCHEDULES", "OptimConfig", "PhaseOptimizer", "Trained", "lr_factor", "roles"]
@@ -201,7 +203,7 @@ class PhaseOptimizer:
 
     def clip(self) -> Tensor:
         """Norm of the gradient before clipping, (); the gradient itself is clipped to `config.clip`."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        return whole(nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf))
 
     def step(self, before: int, after: int, total: int) -> float:
         """Update, clear the gradients and return the learning rate used; arguments as of `lr_factor`."""
@@ -221,6 +223,9 @@ class PhaseOptimizer:
         """Inverse of `state_dict`."""
         for (optimizer, _), one in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(one)
+            for parameter, values in optimizer.state.items():
+                alike = {k: v for k, v in values.items() if getattr(v, "shape", None) == parameter.shape}
+                values |= {k: like(parameter, v) for k, v in alike.items()}
 
 
 def _groups(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig) -> list[dict[str, Any]]:

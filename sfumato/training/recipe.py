@@ -38,6 +38,8 @@ FREE = frozenset(
         "trainer.save_every",
         "trainer.keep",
         "trainer.device",
+        "trainer.parallel",
+        "trainer.timeout",
         "trainer.quiet",
         "trainer.trackers",
         "trainer.validate_every",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sfumato.core.config import to_json
 from sfumato.core.random import Noise
+from sfumato.core.world import ALONE
 from sfumato.families import RECIPES
 from sfumato.systems.system import load_system
 from sfumato.training.batches import DataConfig, open_folder
@@ -162,7 +164,8 @@ def test_only_a_better_system_replaces_the_best(tmp_path, tiny_system):
     def result():
         return Folder(tiny_system.parts, to_json(tiny_system.config), {}, next(cards))
 
-    validation = Validation(lambda folder, held: {LOSS: next(losses)}, result, None, tmp_path)
+    held = SimpleNamespace(world=ALONE)
+    validation = Validation(lambda folder, held: {LOSS: next(losses)}, result, held, tmp_path)
     kept = []
     for images in range(1, 6):
         validation(images)

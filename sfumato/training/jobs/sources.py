@@ -16,7 +16,7 @@ from sfumato.nets.perceptual import PerceptualNet
 from sfumato.systems.config import CodecConfig, EmbeddingsConfig, LatentsConfig, PixelsConfig
 from sfumato.training.batches import Batch, Draws, check_damage, open_folder
 from sfumato.training.jobs.base import Base
-from sfumato.training.jobs.job import Place, picture_batches, spread, trained
+from sfumato.training.jobs.job import Place, part, picture_batches, spread, trained
 from sfumato.training.latents import LatentBatches, Moments, encode_folder, statistics
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import DenoisingConfig
@@ -131,7 +131,9 @@ def _latents(
     cached = config.cache and not recipe.data.augments
     moments, sampled = None, config.posterior == "sample"
     if cached:
-        moments = encode_folder(net, place.pictures, place.out / "latents", sizes=pictures.order.sizes)
+        moments = encode_folder(
+            net, place.pictures, place.out / "latents", sizes=pictures.order.sizes, world=place.world
+        )
     if codec is None:
         surveyed = moments or _survey(recipe, net, pictures.order.sizes)
         mean, std = statistics(surveyed, sampled=sampled)
@@ -140,7 +142,7 @@ def _latents(
     if moments is None:
         return Source(codec, shape, pictures, frozen)
     scale = codec.mean, codec.std
-    batches = LatentBatches(moments, scale, pictures.order, recipe.trainer.batch, place.device)
+    batches = LatentBatches(moments, scale, pictures.order, part(recipe, place), place.device)
     return Source(codec, shape, batches, frozen)
 
 
@@ -172,6 +174,6 @@ def _embeddings(recipe: Recipe, config: DenoisingConfig, place: Place, base: Bas
     codec: CodecConfig = EmbeddingsConfig(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     if base is not None and not isinstance(base.codec, EmbeddingsConfig):
         raise ValueError(f"{base.path} denoises {base.codec.kind}, not embeddings; leave out task.embedder")
-    batches = vectors.batches(picture_batches(recipe, place).order, recipe.trainer.batch, place.device)
+    batches = vectors.batches(picture_batches(recipe, place).order, part(recipe, place), place.device)
     shape = (vectors.table.shape[1],)
     return Source(base.codec if base is not None else codec, shape, batches, {}, vectors)

@@ -157,7 +157,8 @@ class Autoencoding:
         if config.adversarial > 0:
             self.critic = Discriminator(config.discriminator)
             self.modules["discriminator"] = self.critic
-            self.phases["discriminator"] = Phase(("discriminator",), config.discriminator_optim)
+            start = config.discriminator_start
+            self.phases["discriminator"] = Phase(("discriminator",), config.discriminator_optim, start)
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task; images (B, 3, H, W) in [-1, 1]."""
