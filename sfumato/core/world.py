@@ -204,6 +204,9 @@ def joined(device: str, *, seconds: float) -> Iterator[World]:
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=waits))
+        # torchrun may keep its store when it starts processes again, with the addresses of those that died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
         world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), store)
         world.device(device)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waits)

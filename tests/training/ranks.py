@@ -3,7 +3,8 @@
     python tests/training/ranks.py FOLDER SCENARIO ...
 
 A scenario is NAME:RECIPE:PROCESSES:PARALLEL[:FROM]; with FROM it goes on from an early checkpoint of that
-scenario. Runs are left in FOLDER/NAME, and in FOLDER/NAME-RANK.jsonl each step.
+scenario. Started by torchrun it is one of the processes itself, and number 1 kills itself once after --kill
+images. Runs are left in FOLDER/NAME, and in FOLDER/NAME-RANK.jsonl each step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -40,7 +42,7 @@ def processes(size: int, work) -> list[int]:
             except Exception:
                 traceback.print_exc()
             finally:
-                sys.stderr.flush()
+                sys.stdout.flush()
                 os._exit(code)
         children.append(child)
     return [ended(child) for child in children]
@@ -62,6 +64,20 @@ def record(path: Path) -> None:
     Step.__call__ = taken
 
 
+def die(images: int) -> None:
+    """Kill this process in the step that begins with so many images, if it has not been started again."""
+    from sfumato.training.step import Step
+
+    take = Step.__call__
+
+    def taken(step, batch, at, **named):
+        if at == images and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(step, batch, at, **named)
+
+    Step.__call__ = taken
+
+
 def same_words(folder: Path) -> None:
     """Let all runs have one tokenizer: learned again, equally frequent pairs may come in another order."""
     from sfumato.training.jobs import denoiser
@@ -77,7 +93,7 @@ def same_words(folder: Path) -> None:
     denoiser._vocabulary = learned
 
 
-def scenario(folder: Path, text: str) -> None:
+def scenario(folder: Path, text: str, kill: int | None) -> None:
     """Run one."""
     from sfumato.training.run import train
 
@@ -101,6 +117,11 @@ def scenario(folder: Path, text: str) -> None:
         record(folder / f"{name}-{rank}.jsonl")
         train(replace(whole, task=task, trainer=trainer))
 
+    if "RANK" in os.environ:
+        if kill is not None and os.environ["RANK"] == "1":
+            die(kill)
+        work(int(os.environ["RANK"]))
+        return
     codes = processes(int(size), work)
     if any(codes):
         raise SystemExit(f"{text} ended with {codes}")
@@ -110,7 +131,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("scenarios", nargs="+")
+    parser.add_argument("--kill", type=int)
     args = parser.parse_args()
     same_words(args.folder)
     for one in args.scenarios:
-        scenario(args.folder, one)
+        scenario(args.folder, one, args.kill)
