@@ -68,9 +68,8 @@ class PlainDiT(nn.Module):
         self.norm = nn.LayerNorm(c.width, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
         self.linear = nn.Linear(c.width, c.patch**2 * c.out_channels)
-        for layer in (self.adaln[1], self.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in (*self.adaln.parameters(), *self.linear.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,), y (B,) -> (B, C, H, W); a tenth of the labels is dropped in training."""
@@ -101,8 +100,8 @@ class PlainBlock(nn.Module):
             nn.Linear(c.width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, c.width)
         )
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
-        nn.init.zeros_(self.adaln[1].weight)
-        nn.init.zeros_(self.adaln[1].bias)
+        for parameter in self.adaln.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c).chunk(6, dim=1)

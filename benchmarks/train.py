@@ -94,6 +94,7 @@ def work(name: str, size: str, data: Path, pace: Callable[[], None]) -> float:
     """Run a loop until its pacer ends it; memory of the process before it, in MB."""
     module, function = LOOPS[name]
     loop = getattr(importlib.import_module(module), function)
+    importlib.import_module("torch._dynamo")  # optimizers import it, 50 MB, at their first step
     before = peak_mb()
     torch.manual_seed(0)
     with contextlib.suppress(Done):

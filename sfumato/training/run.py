@@ -18,6 +18,7 @@ from sfumato.core.device import device_of
 from sfumato.core.png import write_whole
 from sfumato.data.datasets import ImageFolder
 from sfumato.systems.config import About
+from sfumato.training.ahead import ReadAhead, batches_ahead
 from sfumato.training.batches import open_folder
 from sfumato.training.folder import claim, forget, held, settled, tidy
 from sfumato.training.held_out import HeldOut, hold_out
@@ -83,7 +84,7 @@ def train(recipe: Recipe, *, force: bool = False) -> Path:
             raise
         settled(place.out)
         trainer.log.trackers += trackers
-        with trainer.log:
+        with trainer.log, _read_ahead(recipe, job, place) as trainer.batches:
             trainer.fit()
     return place.out / "system"
 
@@ -131,6 +132,11 @@ def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
     )
     trainer.preview = lambda images: trainer.log.picture(images, files(images))
     return trainer
+
+
+def _read_ahead(recipe: Recipe, job: Job, place: Place) -> ReadAhead:
+    count = batches_ahead(recipe.data.ahead, place.device)
+    return ReadAhead(job.batches, count, step=recipe.trainer.batch, end=recipe.trainer.images)
 
 
 def _validation(recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Trainer) -> Validation | None:
