@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TextIO
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Burst", "Done", "Pacer", "Worker", "peak_mb"]
 
@@ -30,26 +34,38 @@ class Done(Exception):
 class Pacer:
     """Called by a loop at the beginning of every step; returns as soon as the step is wanted.
 
-    It ends the loop with Done when its input ends. What a loop does between two calls is what is measured,
-    so that everything belongs to it: data, loss, optimizer, averages, log.
+    What a loop does between two calls is what is measured, so that everything belongs to it: data, loss,
+    optimizer, averages, log. When its input ends there is one more step, whose operations are counted.
 
     Args:
         asked: lines, each with a number of steps.
         answers: gets one line of JSON for each of them.
+
+    Attributes:
+        peak: of memory, in MB, when the input ended.
+        flops: of products of matrices and convolutions in a step, forwards and backwards.
     """
 
     def __init__(self, asked: TextIO, answers: TextIO) -> None:
         self._asked, self._answers = asked, answers
         self._left = 0
         self._began: Burst | None = None
+        self._counting: contextlib.ExitStack | None = None
+        self._counter = FlopCounterMode(display=False)
+        self.peak, self.flops = 0.0, 0
 
     def __call__(self) -> None:
-        """Wait until a step is wanted. Raises: Done."""
+        """Wait until a step is wanted. Raises: Done when there will be no more."""
+        if self._counting is not None:
+            self._counting.close()
+            self.flops = self._counter.get_total_flops()
+            raise Done
         if self._left == 0:
             self._tell()
             line = self._asked.readline()
             if not line.strip():
-                raise Done
+                self._count()
+                return
             self._left = int(line)
             self._began = Burst(time.perf_counter(), time.process_time())
         self._left -= 1
@@ -58,6 +74,13 @@ class Pacer:
         if self._began is not None:
             wall, cpu = time.perf_counter() - self._began.wall, time.process_time() - self._began.cpu
             print(json.dumps(asdict(Burst(wall, cpu))), file=self._answers, flush=True)
+
+    def _count(self) -> None:
+        self.peak = peak_mb()
+        self._counting = contextlib.ExitStack()
+        # What is fused is counted as the products that it consists of.
+        self._counting.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._counting.enter_context(self._counter)
 
 
 class Worker:
@@ -103,6 +126,9 @@ class Worker:
 
 
 def peak_mb() -> float:
-    """Most memory that this process has held until now, in 10^6 bytes."""
+    """Most memory that this process has held until now, in 10^6 bytes.
+
+    On Linux it begins with the peak of the process that started it, which should be a small one.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, Linux KiB

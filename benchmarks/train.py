@@ -14,17 +14,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from pacing import Burst, Done, Pacer, Worker, peak_mb
 from rich.console import Console
 from rich.table import Table
 from setting import SIZES
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 LOOPS = {
     "sfumato-unet": ("ours", "unet"),
@@ -90,31 +89,17 @@ class Pair:
     memory: float
 
 
-def work(name: str, size: str, data: Path, pace: Callable[[], None]) -> float:
-    """Run a loop until its pacer ends it; memory of the process before it, in MB."""
-    module, function = LOOPS[name]
+def work(arguments: argparse.Namespace, asked: TextIO, answers: TextIO) -> None:
+    """Be the process of one loop: take steps as they are asked for, and say at the end what they took."""
+    module, function = LOOPS[arguments.worker]
     loop = getattr(importlib.import_module(module), function)
     importlib.import_module("torch._dynamo")  # optimizers import it, 50 MB, at their first step
-    before = peak_mb()
+    before, pacer = peak_mb(), Pacer(asked, answers)
     torch.manual_seed(0)
     with contextlib.suppress(Done):
-        loop(SIZES[size], data, pace)
-    return before
-
-
-def gigaflops(name: str, size: str, data: Path) -> float:
-    """10^9 floating-point operations of one step, counted call by call."""
-    counted: list[int] = []
-
-    def pace() -> None:
-        counted.append(counter.get_total_flops())
-        if len(counted) == 3:
-            raise Done
-
-    # What is fused is counted as the products that it consists of.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work(name, size, data, pace)
-    return (counted[2] - counted[1]) / 1e9
+        loop(SIZES[arguments.size], arguments.data, pacer)
+    said = {"before": before, "peak": pacer.peak, "gflop": pacer.flops / 1e9}
+    print(json.dumps(said), file=answers, flush=True)
 
 
 def gemm_rate(seconds: float) -> float:
@@ -143,11 +128,7 @@ def compare(name: str, arguments: argparse.Namespace) -> tuple[Pair, float]:
     """Measure a pair; also the machine's rate as it was then."""
     names = PAIRS[name]
     told = ["--size", arguments.size, "--data", str(arguments.data)]
-
-    def started(role: str, loop: str) -> Worker:
-        return Worker([sys.executable, str(OWN), role, loop, *told], arguments.threads)
-
-    workers = [started("--worker", loop) for loop in names]
+    workers = [Worker([sys.executable, str(OWN), "--worker", n, *told], arguments.threads) for n in names]
     try:
         rates = [gemm_rate(arguments.seconds)]
         bursts = take_turns(workers, arguments.turns, arguments.steps)
@@ -158,13 +139,10 @@ def compare(name: str, arguments: argparse.Namespace) -> tuple[Pair, float]:
             worker.kill()
     rate, images = max(rates), SIZES[arguments.size].batch * arguments.steps
     sides = []
-    for loop, own, memory in zip(names, bursts, said, strict=True):
-        # Elsewhere: a process begins with the peak of the one that started it, so this one is to stay small.
-        flops = started("--count", loop).end()["gflop"]
+    for loop, own, last in zip(names, bursts, said, strict=True):
         speed = statistics.median(images / burst.wall for burst in own)
-        share = flops * speed / SIZES[arguments.size].batch / rate
-        training = memory["peak"] - memory["before"]
-        sides.append(Side(loop, speed, memory["peak"], training, flops, share))
+        share = last["gflop"] * speed / SIZES[arguments.size].batch / rate
+        sides.append(Side(loop, speed, last["peak"], last["peak"] - last["before"], last["gflop"], share))
     ours, theirs = bursts
     return (
         Pair(
@@ -224,26 +202,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/openmoji"), help="pictures, for 'cache'")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     parser.add_argument("--worker", choices=LOOPS, help=argparse.SUPPRESS)
-    parser.add_argument("--count", choices=LOOPS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def serve(arguments: argparse.Namespace) -> None:
-    """Be the process of one loop: take steps as they are asked for, or count what one costs."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not come in between
-    if arguments.count:
-        said = {"gflop": gigaflops(arguments.count, arguments.size, arguments.data)}
-    else:
-        before = work(arguments.worker, arguments.size, arguments.data, Pacer(sys.stdin, answers))
-        said = {"before": before, "peak": peak_mb()}
-    print(json.dumps(said), file=answers, flush=True)
 
 
 def main(command: Sequence[str] | None = None) -> None:
     """Measure the pairs, one after the other, and print the table."""
     arguments = parse(command)
-    if arguments.worker or arguments.count:
-        serve(arguments)
+    if arguments.worker:
+        answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints must not come in between
+        work(arguments, sys.stdin, answers)
         return
     if "cache" in arguments.pairs and not arguments.data.is_dir():
         sys.exit(
