@@ -17,7 +17,7 @@ from sfumato.data.datasets import ImageFolder, Sample, stack
 from sfumato.data.order import Draw
 from sfumato.data.store import ShardError
 from sfumato.nets.autoencoder import Autoencoder
-from sfumato.training.batches import Batch, Draws, check_damage
+from sfumato.training.batches import Batch, Draws, check_damage, on_device
 from sfumato.training.cache import Fields, TensorCache, fingerprint, key_of
 
 __all__ = ["LatentBatches", "Moments", "encode_folder", "statistics"]
@@ -230,7 +230,7 @@ class LatentBatches:
         return Batch(
             text=tuple(self._source.text[row] for row in drawn),
             index=self._source.index[drawn],
-            moments=moments.to(self.device),
+            moments=on_device(moments, self.device),
             sizes=frames[:, :2],
             crops=frames[:, 2:],
             labels=None if self._source.labels is None else self._source.labels[drawn],

@@ -30,6 +30,7 @@ FREE = frozenset(
         "data.path",
         "data.cache",
         "data.cache_gb",
+        "data.ahead",
         "trainer.images",
         "trainer.patience",
         "trainer.recompute",

@@ -18,6 +18,7 @@ from sfumato.core.png import write_whole
 from sfumato.core.world import World, joined
 from sfumato.data.datasets import ImageFolder
 from sfumato.systems.config import About
+from sfumato.training.ahead import ReadAhead, batches_ahead
 from sfumato.training.batches import open_folder
 from sfumato.training.distributed import check_shares
 from sfumato.training.folder import claim, forget, held, settled, tidy
@@ -90,7 +91,7 @@ def _train(recipe: Recipe, world: World, *, force: bool) -> Path:
         stop.alone = world.size == 1
         world.lead(lambda: settled(place.out))
         trainer.log.trackers += trackers
-        with trainer.log, world.watched():
+        with trainer.log, world.watched(), _read_ahead(recipe, trainer, place) as trainer.batches:
             trainer.fit()
     return place.out / "system"
 
@@ -152,6 +153,11 @@ def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
     files = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.whole()), place.about.notice)
     trainer.preview = lambda images: trainer.log.picture(images, files(images, write=place.world.leads))
     return trainer
+
+
+def _read_ahead(recipe: Recipe, trainer: Trainer, place: Place) -> ReadAhead:
+    count = batches_ahead(recipe.data.ahead, place.device)
+    return ReadAhead(trainer.batches, count, step=recipe.trainer.batch, end=recipe.trainer.images)
 
 
 def _validation(

@@ -14,7 +14,7 @@ from sfumato.data.order import Draw
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.perceptual import PerceptualNet
 from sfumato.systems.config import CodecConfig, EmbeddingsConfig, LatentsConfig, PixelsConfig
-from sfumato.training.batches import Batch, Draws, check_damage, open_folder
+from sfumato.training.batches import Batch, Draws, check_damage, on_device, open_folder
 from sfumato.training.jobs.base import Base
 from sfumato.training.jobs.job import Place, part, picture_batches, spread, trained
 from sfumato.training.latents import LatentBatches, Moments, encode_folder, statistics
@@ -70,7 +70,7 @@ class Vectors:
             return Batch(
                 text=text,
                 index=self.index[drawn],
-                vectors=self.table[drawn].to(device),
+                vectors=on_device(self.table[drawn], device),
                 labels=None if self.labels is None else self.labels[drawn],
             )
 
