@@ -140,7 +140,7 @@ def _validation(recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Tra
     task = job.task
     measure: DenoisingLoss | ReconstructionLoss
     if isinstance(task, Denoising):
-        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample")
+        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample", embed=task.embed)
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
     else:

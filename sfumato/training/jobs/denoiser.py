@@ -115,7 +115,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     if config.cache and "text" not in built.trained:
         texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
         stage = replace(stage, conditioner=texts)
-    return Job(_task(config, stage, built, base, draw), source.batches, result, beside)
+    return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
 
 
 def _learns(net: nn.Module) -> bool:
@@ -127,9 +127,10 @@ def _task(
     stage: Stage,
     built: Built,
     base: Base | None,
+    source: Source,
     draw: Callable[[Mapping[str, nn.Module]], Tensor],
 ) -> Denoising:
-    return Denoising(
+    task = Denoising(
         stage,
         copy.deepcopy(config.objective),  # its times may learn, and a recipe is used more than once
         dropout=config.dropout,
@@ -139,6 +140,8 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.embed = None if source.vectors is None else source.vectors.embed
+    return task
 
 
 def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:

@@ -152,7 +152,13 @@ class Denoising:
         draw: the preview's pictures from averaged modules.
         uncertainty: trained beside them, not averaged; None = none.
         memories: further state of the run.
+
+    Attributes:
+        embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
+            the job, for the validation of the run.
     """
+
+    embed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
