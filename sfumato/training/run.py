@@ -169,7 +169,7 @@ def _validation(
     task = job.task
     measure: DenoisingLoss | ReconstructionLoss
     if isinstance(task, Denoising):
-        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample")
+        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample", embed=task.embed)
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
     else:

@@ -40,12 +40,16 @@ class DenoisingLoss:
     Args:
         objective: of the run.
         sampled: whether latents are samples of the posterior, or its means.
+        embed: of the task, see `Denoising`.
     """
 
-    def __init__(self, objective: Objective, *, sampled: bool) -> None:
+    def __init__(
+        self, objective: Objective, *, sampled: bool, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         learns = hasattr(objective.times, "state_dict")
         self.objective = replace(objective, times=Uniform()) if learns else objective
         self.sampled = sampled
+        self.embed = embed
         self._clean: dict[int, Tensor] = {}
 
     def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
@@ -56,6 +60,7 @@ class DenoisingLoss:
         for rows in held.rows():
             if rows.start not in self._clean:  # the codec is not trained
                 images = held.images(rows, stage.device)
+                images = images if self.embed is None else self.embed(images).to(images)
                 noise = held.noise(rows, "posterior")
                 self._clean[rows.start] = stage.codec.encode(images, noise if self.sampled else None)
             noise = held.noise(rows, "conditioning")

@@ -32,6 +32,7 @@ from sfumato.training.jobs.job import Job, Place, settle, spread
 from sfumato.training.jobs.sources import Source, Vectors, source_of
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import Denoising, DenoisingConfig
+from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
 
@@ -56,7 +57,9 @@ class Built:
     @property
     def trained(self) -> dict[str, nn.Module]:
         """What the optimizer gets."""
-        return dict(self.adapters or self.nets)
+        if self.adapters:
+            return dict(self.adapters)
+        return {name: net for name, net in self.nets.items() if _learns(net)}
 
     @property
     def num_classes(self) -> int | None:
@@ -86,7 +89,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     if config.text is not None or (base is not None and base.text is not None):
         check_captions(place.pictures)
     source = source_of(recipe, config, place, base)
-    built = _adapted(_build(config, place, base), config)
+    built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
     settings = _stage(config, source, built)
@@ -111,7 +114,14 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
 
     stage = settings.build(Parts({**source.frozen, **built.nets}, built.tokenizers))
     _check_fit(stage, config)
-    return Job(_task(config, stage, built, base, draw), source.batches, result, beside)
+    if config.cache and "text" not in built.trained:
+        texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
+        stage = replace(stage, conditioner=texts)
+    return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
+
+
+def _learns(net: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in net.parameters())
 
 
 def _task(
@@ -119,9 +129,10 @@ def _task(
     stage: Stage,
     built: Built,
     base: Base | None,
+    source: Source,
     draw: Callable[[Mapping[str, nn.Module]], Tensor],
 ) -> Denoising:
-    return Denoising(
+    task = Denoising(
         stage,
         copy.deepcopy(config.objective),  # its times may learn, and a recipe is used more than once
         dropout=config.dropout,
@@ -131,6 +142,8 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.embed = None if source.vectors is None else source.vectors.embed
+    return task
 
 
 def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
@@ -166,14 +179,17 @@ def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
     return net
 
 
-def _adapted(built: Built, config: DenoisingConfig) -> Built:
-    """The same with frozen nets and fresh adapters, if adapters are to be trained."""
+def _frozen(built: Built, config: DenoisingConfig) -> Built:
+    """The same with what is not trained frozen, and fresh adapters if those are trained."""
+    if (config.freeze_text or config.lora_text) and "text" not in built.nets:
+        name = "freeze_text" if config.freeze_text else "lora_text"
+        raise ValueError(f"task.{name} is about a text tower, and the system of task.init has none")
+    if config.freeze_text:
+        built.nets["text"].requires_grad_(False).eval()
     if not config.adapts:
         return built
     wanted = {"denoiser": config.lora, "text": config.lora_text}
     lora = {name: one for name, one in wanted.items() if one is not None}
-    if "text" in lora and "text" not in built.nets:
-        raise ValueError("task.lora_text adapts a text tower, and the system of task.init has none")
     for net in built.nets.values():
         net.requires_grad_(False)
     adapters = {name: inject(built.nets[name], one) for name, one in lora.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ __all__ = ["Source", "Vectors", "embed_folder", "source_of"]
 SURVEYED = 4096  # pictures from which the scale of latents is measured if they are not all encoded anyway
 CHUNK = 64  # pictures embedded at a time
 Batches = Callable[[int], Batch]
+Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Vectors:
         table: (N, D) float32 on the CPU.
         text: N captions.
         index: (N,) row that was read; another than its own where that file is damaged.
+        embed: pictures (B, 3, H, W) in [-1, 1] -> (B, D), float32 on the CPU.
         labels: (N,) int64 classes; None if a picture has none.
     """
 
     table: Tensor
     text: tuple[str, ...]
     index: Tensor
+    embed: Embed
     labels: Tensor | None = None
 
     def batches(self, order: Draws, size: int, device: torch.device) -> Batches:
@@ -103,21 +107,23 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
 
 def embed_folder(net: PerceptualNet, folder: ImageFolder) -> Vectors:
     """Spatial means of all taps of a perceptual net, side by side, for every picture of a folder."""
-    device = next(net.parameters()).device
     samples = folder.draw([Draw(i, i, 0) for i in range(len(folder))])
     check_damage(folder)
-    parts = []
-    for chunk in stack(samples).split(CHUNK):
-        with torch.no_grad():
-            taps = net.trunk(to_float(chunk).to(device))
-        parts.append(torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu())
+    embed = partial(_pooled, net)
     labels = [sample.label for sample in samples if sample.label is not None]
     return Vectors(
-        torch.cat(parts),
+        torch.cat([embed(to_float(chunk)) for chunk in stack(samples).split(CHUNK)]),
         tuple(sample.text or "" for sample in samples),
         torch.tensor([sample.index for sample in samples]),
+        embed,
         torch.tensor(labels) if len(labels) == len(samples) else None,
     )
+
+
+@torch.no_grad()
+def _pooled(net: PerceptualNet, images: Tensor) -> Tensor:
+    taps = net.trunk(images.to(next(net.parameters()).device))
+    return torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu()
 
 
 def _latents(
