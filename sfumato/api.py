@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sfumato.core.device import device_of
+from sfumato.systems.adapting import adapted
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
@@ -23,19 +24,27 @@ BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 
 
 def load(
-    path: str | Path | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> System:
     """A system from its folder; without a path the bundled one.
 
     Args:
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
+        adapter: adapter.safetensors of a run on this system, merged into its weights.
+        adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
     if path is None and not BUNDLED.is_dir():
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
-    return load_system(path or BUNDLED, device=device_of(device), dtype=dtype or torch.float32)
+    system = load_system(path or BUNDLED, device=device_of(device), dtype=dtype or torch.float32)
+    return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
 
 
 def save(system: System, path: str | Path, *, dtype: torch.dtype | None = None) -> str:
