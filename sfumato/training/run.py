@@ -56,14 +56,16 @@ def train(recipe: Recipe, *, force: bool = False) -> Path:
             losses are not finite, or something cannot be written.
         Stopped: after SIGTERM or Ctrl-C, when there is a checkpoint; the same call goes on from there.
     """
-    pictures, kept_out = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
-    place = _place(recipe, pictures)
+    stop = Stop()
+    with stop, stop.interruptible():  # a long list of pictures
+        pictures, kept_out = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
+        place = _place(recipe, pictures)
     tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
     trackers = open_trackers(recipe.trainer.trackers, tracked)
     devices = [place.device] if place.device.type == "cuda" else []
     with (
         held(place.out),
-        Stop() as stop,
+        stop,
         _one_line(place.out),
         _damage_listed(place),
         torch.random.fork_rng(devices=devices),

@@ -162,26 +162,25 @@ class Trainer:
         """
         self.resume()
         try:
+            self._show()  # what a run that was stopped just then still owes
             while self.images < self.config.images:
                 self._advance()
                 self._show()
                 if self._due(self.saved, self.config.save_every):
                     self.save()
-            self._show()
             if self.saved < self.images:
                 self.save()
         except Stopped:
             if self.saved < self.images:
                 self.save()
             raise
-        self.log.close(self.images)
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or start at nothing."""
         if (state := self.checkpoints.load()) is not None:
             self.load_state_dict(state)
             self._publish()  # the run may have died between a checkpoint and this
-        self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
+        self.log.begin(self.images, state.get("log") if state else None)
 
     def save(self) -> None:
         """Write a checkpoint of the present state, and publish the averages.
@@ -205,7 +204,7 @@ class Trainer:
             "shown": dict(self.shown),
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
-            "seconds": self.log.pause(),
+            "log": self.log.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.task.modules.items()},
             "average": self.average.state_dict(),
             "posthoc": self.posthoc.state_dict(),
@@ -252,7 +251,7 @@ class Trainer:
         where = f"{steps} until step {self.steps} ({self.images:,} images)"
         if (state := self.checkpoints.load()) is not None:
             self.load_state_dict(state)
-            self.log.begin(self.images, float(state["seconds"]))
+            self.log.begin(self.images, state.get("log"))
         raise ValueError(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
 
     def _show(self) -> None:
@@ -290,5 +289,5 @@ def _advice(checkpoints: Checkpoints) -> str:
     kept = checkpoints.paths()
     return (
         f"the run is back at its last checkpoint: {kept[-1] if kept else 'none'}; "
-        "lower the learning rate or raise its warm-up"
+        "go on with a lower --optim.lr or a longer --optim.warmup"
     )

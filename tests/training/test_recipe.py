@@ -27,12 +27,12 @@ def test_the_run_folder_has_a_default():
 def test_differences_name_each_field_that_changes_what_is_computed():
     changed = replace(
         RECIPE,
-        optim=OptimConfig(lr=0.5),
+        optim=OptimConfig(betas=(0.5, 0.99)),
         trainer=replace(RECIPE.trainer, batch=7),
         task=replace(RECIPE.task, net=AutoencoderConfig(mults=(1, 2))),
     )
     assert differences(to_json(RECIPE), changed) == [
-        "optim.lr: 0.001 -> 0.5",
+        "optim.betas: [0.9, 0.99] -> [0.5, 0.99]",
         "task.net.mults: [1, 2, 4, 4] -> [1, 2]",
         "trainer.batch: 64 -> 7",
     ]
