@@ -10,7 +10,8 @@
 
 Beside the toy recipes there is "latents", toy-dit on latents. Every run is taken up until it is finished and
 must then equal the undisturbed one bit for bit: weights, averages, optimizers, log, previews and what it
-publishes. A run is the command line in a process of its own; processes are forked, so that the imports happen once.
+publishes. A run is the command line in a process of its own; processes are forked, so that the imports happen
+once.
 """
 
 from __future__ import annotations
