@@ -4,9 +4,11 @@
     python tests/training/dying.py signals toy-dit         # SIGTERM and Ctrl-C in each part of a run
     python tests/training/dying.py kills toy-dit           # SIGKILL at random moments
     python tests/training/dying.py terms toy-dit           # SIGTERM at random moments
-    python tests/training/dying.py boundaries toy-dit      # SIGKILL before every operation on a file
-    python tests/training/dying.py full toy-dit            # from each operation on: no space left
-    python tests/training/dying.py locked toy-dit          # from each operation on: read-only
+    python tests/training/dying.py boundaries toy-dit      # SIGKILL before each operation on files of a save
+    python tests/training/dying.py full toy-dit            # from each operation of a save on: no space left
+    python tests/training/dying.py locked toy-dit          # from each operation of a save on: read-only
+
+With --whole the last three walk through all operations of a run, from its first file to its last.
 
 Beside the toy recipes there is "latents", toy-dit on latents. Every run is taken up until it is finished and
 must then equal the undisturbed one bit for bit: weights, averages, optimizers, log, previews and what it
@@ -136,7 +138,7 @@ class Trial:
     """An undisturbed run, and what others must come to.
 
     Attributes:
-        operations: on files, of the undisturbed run.
+        operations: on files, of the undisturbed run; a character each, "s" in a save with one before it.
         seconds: that it took.
         ends: how often disturbed processes ended with which exit code; that of a signal is negative.
         wrong: what went wrong, a line each.
@@ -151,10 +153,10 @@ class Trial:
         self.recipe = "toy-dit" if name == "latents" else name
         self.flags = [*OWN.get(name, []), *flags, *([f"--task.{field}={place / 'base'}"] if field else [])]
         tally, began = place / "operations", time.monotonic()
-        code = self.run(place / "whole", functools.partial(intercept, lambda what: _count(tally)))
+        code = self.run(place / "whole", functools.partial(_count_to, tally, place / "whole"))
         assert code == 0, self.said.read_text()
         self.seconds = time.monotonic() - began
-        self.operations = tally.stat().st_size
+        self.operations = tally.read_text()
         self.expected = result(place / "whole")
 
     def _warm(self, base: str) -> None:
@@ -273,11 +275,25 @@ class Trial:
         self.check("exact", out, STEPS * BATCH)
 
 
-def _count(tally: Path) -> None:
-    """Count to a file, for the count must outlive a fork; by calls that are not intercepted."""
-    descriptor = os.open(tally, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(descriptor, b".")
-    os.close(descriptor)
+def _count_to(tally: Path, out: Path) -> None:
+    """Count operations in a file, for the count must outlive a fork; by calls that are not intercepted."""
+    from sfumato.training.trainer import Trainer
+
+    save, saving = Trainer.save, False
+
+    def saved(trainer):
+        nonlocal saving
+        saving = kept(out) >= 0
+        save(trainer)
+        saving = False
+
+    def act(what):
+        descriptor = os.open(tally, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, b"s" if saving else b".")
+        os.close(descriptor)
+
+    Trainer.save = saved
+    intercept(act)
 
 
 def _note(path: Path, number: int) -> None:
@@ -315,6 +331,7 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, help="how many, chosen at random; all if not given, or 30 moments"
     )
+    parser.add_argument("--whole", action="store_true", help="all operations of a run, not of a save alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     exact, latents, began = args.how == "exact", args.recipe == "latents", time.monotonic()
@@ -323,7 +340,8 @@ def main() -> None:
         trial = Trial(args.recipe, Path(folder), CADENCE | EXACT if exact else CADENCE, more)
         parts = [name for name in PARTS if latents or "latents" not in name]
         every = {"exact": [0], "signals": [(p, s) for p in parts for s in CODES]}
-        numbers = every.get(args.how, range(30 if args.how in ("kills", "terms") else trial.operations))
+        walk = [i for i, what in enumerate(trial.operations) if args.whole or what == "s"]
+        numbers = every.get(args.how, range(30) if args.how in ("kills", "terms") else walk)
         if args.count is not None:
             numbers = random.Random(args.seed).sample(list(numbers), args.count)
         for number in numbers:
@@ -336,7 +354,7 @@ def main() -> None:
             else:
                 errors = {"boundaries": None, "full": errno.ENOSPC, "locked": errno.EROFS}
                 trial.boundary(number, errors[args.how])
-    counts = {"operations": trial.operations, "tried": len(numbers), "ends": dict(trial.ends)}
+    counts = {"operations": len(trial.operations), "tried": len(numbers), "ends": dict(trial.ends)}
     print(json.dumps(counts | {"seconds": round(time.monotonic() - began), "wrong": trial.wrong}))
 
 
