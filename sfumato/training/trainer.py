@@ -162,7 +162,10 @@ class Trainer:
         """
         self.resume()
         try:
+            before = dict(self.shown)
             self._show()  # what a run that was stopped just then still owes
+            if self.shown != before:
+                self.save()
             while self.images < self.config.images:
                 self._advance()
                 self._show()

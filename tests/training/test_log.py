@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -36,6 +37,45 @@ def test_resume_cuts_lines_beyond_the_checkpoint_and_adds_up_time(tmp_path):
     rows = read_log(path)
     assert [row["images"] for row in rows] == [10, 15]
     assert rows[1]["seconds"] >= 100.0
+
+
+def test_a_line_after_a_resume_is_that_of_a_run_that_was_never_stopped(tmp_path):
+    """Numbers that are not exact in binary, so that another order of adding up would show."""
+    logs = {name: tmp_path / name / "log.jsonl" for name in ("whole", "parts")}
+    for name, path in logs.items():
+        log, state = RunLog(path, total=80, every=30, quiet=True), None
+        log.begin(0)
+        for images in range(10, 90, 10):
+            log.step(images, {"g/loss": torch.tensor(0.1 * images), "d/loss": torch.tensor(0.3)})
+            if images == 50:
+                state = log.state_dict()
+        if name == "parts":
+            log = RunLog(path, total=80, every=30, quiet=True)
+            log.begin(50, state)
+            for images in (60, 70, 80):
+                log.step(images, {"g/loss": torch.tensor(0.1 * images), "d/loss": torch.tensor(0.3)})
+    rows = {
+        name: [{k: v for k, v in row.items() if "second" not in k} for row in read_log(path)]
+        for name, path in logs.items()
+    }
+    assert [row["images"] for row in rows["whole"]] == [30, 60, 80]
+    assert rows["parts"] == rows["whole"]
+
+
+def test_a_death_while_the_log_is_cut_back_leaves_all_of_its_lines(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"images": 10, "a": 1.0}\n{"images": 20, "a": 2.0}\n')
+    before = path.read_bytes()
+
+    def die(source, target):
+        assert target == path
+        assert read_log(source) == [{"images": 10, "a": 1.0}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        RunLog(path, total=40, every=5, quiet=True).begin(10)
+    assert path.read_bytes() == before
 
 
 def test_a_cadence_of_zero_gives_one_line_at_the_end(tmp_path):
