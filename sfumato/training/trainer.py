@@ -169,7 +169,8 @@ class Trainer:
             while self.images < self.config.images:
                 self._advance()
                 self._show()
-                if self._due(self.saved, self.config.save_every):
+                # Not after a step that was skipped: weights that broke must not push out those that had not.
+                if self._due(self.saved, self.config.save_every) and not self.in_a_row:
                     self.save()
             if self.saved < self.images:
                 self.save()

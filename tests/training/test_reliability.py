@@ -211,6 +211,13 @@ def test_at_every_operation_on_a_file_a_run_may_end_and_go_on_to_the_same_bits(
         shutil.rmtree(tmp_path / "cut")
 
 
+def test_no_checkpoint_is_made_of_weights_after_a_skipped_step(tmp_path):
+    """The one at 16 is not pushed out by others while steps are skipped; the next comes when they are not."""
+    run = trainer(tmp_path, Regression(broken=(20, 24, 28)), save_every=8, keep=9)
+    run.fit()
+    assert [int(path.name) for path in run.checkpoints.paths()] == [8, 16, 36, 40]
+
+
 def dying(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, str(DYING), *arguments], capture_output=True, text=True, check=False, timeout=3000
