@@ -20,6 +20,7 @@ ANY_ALLOWED = frozenset(
     {
         "sfumato/core/config.py:to_json",
         "sfumato/training/architecture.py:restore",
+        "sfumato/training/log.py:RunLog.begin",
         "sfumato/training/posthoc.py:fit",
         "sfumato/training/state.py:Checkpoints.load",
         "sfumato/training/state.py:Checkpoints.save",
