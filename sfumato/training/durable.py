@@ -12,7 +12,7 @@ from typing import IO
 
 from sfumato.checkpoints.files import sha256
 
-__all__ = ["Entry", "Sink", "fault_of", "replace_file", "sync_folder", "write_file"]
+__all__ = ["Entry", "Sink", "entry_of", "fault_of", "replace_file", "sync_folder", "write_file"]
 
 BLOCK = 1 << 20  # bytes that small writes are joined to; larger ones pass as they are
 
@@ -102,6 +102,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def entry_of(path: Path) -> Entry:
+    """Of a file that another library has written, as it is read back."""
+    return Entry(path.stat().st_size, sha256(path))
 
 
 def fault_of(path: Path, entry: Entry) -> str | None:

@@ -22,7 +22,7 @@ from sfumato.training.history import read_log
 from sfumato.training.metrics import summary
 from sfumato.training.trackers import Tracker
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "SilentLog"]
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "gradient"}  # of each phase, beside the bar
@@ -77,12 +77,15 @@ class RunLog:
         if self.path.is_file():
             kept = [row for row in read_log(self.path) if row["images"] <= images]
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
-        self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
-        self.seconds, since = state["seconds"]
         # Not an update: images of an earlier session must not count as speed of this one.
         self._bar.reset(self._task, completed=images)
         self._tell(lambda tracker: tracker.begin(images))
+        self._restore(images, state)
+
+    def _restore(self, images: int, state: Mapping[str, Any] | None) -> None:
+        state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
+        self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
+        self.seconds, since = state["seconds"]
         self._clock = time.perf_counter() - since
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +146,20 @@ class RunLog:
             except Exception as error:  # whatever another program raises, the run goes on
                 self.trackers.remove(tracker)
                 LOGGER.warning("tracker %s failed and is left out: %s", type(tracker).__name__, error)
+
+
+class SilentLog(RunLog):
+    """The log of a process that leaves files, trackers and the bar to another one."""
+
+    def __init__(self, path: Path, total: int, every: int, *, quiet: bool = True) -> None:
+        super().__init__(path, total, every, quiet=True)
+
+    def begin(self, images: int, state: Mapping[str, Any] | None = None) -> None:
+        """Stand at `images`; see RunLog."""
+        self._restore(images, state)
+
+    def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
+        pass
 
 
 class Bar(Progress):
