@@ -73,20 +73,21 @@ class RunLog:
         Args:
             state: what `state_dict` gave there: the next line is then that of a run that was never stopped.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            kept = [row for row in read_log(self.path) if row["images"] <= images]
-            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._cut(images)
         # Not an update: images of an earlier session must not count as speed of this one.
         self._bar.reset(self._task, completed=images)
         self._tell(lambda tracker: tracker.begin(images))
-        self._restore(images, state)
-
-    def _restore(self, images: int, state: Mapping[str, Any] | None) -> None:
         state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
         self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
         self.seconds, since = state["seconds"]
         self._clock = time.perf_counter() - since
+
+    def _cut(self, images: int) -> None:
+        """Remove the lines beyond `images`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            kept = [row for row in read_log(self.path) if row["images"] <= images]
+            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def state_dict(self) -> dict[str, Any]:
         """What the next line will be made of."""
@@ -154,9 +155,8 @@ class SilentLog(RunLog):
     def __init__(self, path: Path, total: int, every: int, *, quiet: bool = True) -> None:
         super().__init__(path, total, every, quiet=True)
 
-    def begin(self, images: int, state: Mapping[str, Any] | None = None) -> None:
-        """Stand at `images`; see RunLog."""
-        self._restore(images, state)
+    def _cut(self, images: int) -> None:
+        pass
 
     def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
         pass
