@@ -74,7 +74,6 @@ class RunLog:
             state: what `state_dict` gave there: the next line is then that of a run that was never stopped.
         """
         self._cut(images)
-<<<<<<< HEAD
         state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
         self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
         self.seconds, since = state["seconds"]
@@ -82,22 +81,6 @@ class RunLog:
         self._bar.reset(self._task, completed=images)
         self._tell(lambda tracker: tracker.begin(images))
         self._clock = time.perf_counter() - since
-=======
-        # Not an update: images of an earlier session must not count as speed of this one.
-        self._bar.reset(self._task, completed=images)
-        self._tell(lambda tracker: tracker.begin(images))
-        state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
-        self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
-        self.seconds, since = state["seconds"]
-        self._clock = time.perf_counter() - since
-
-    def _cut(self, images: int) -> None:
-        """Remove the lines beyond `images`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            kept = [row for row in read_log(self.path) if row["images"] <= images]
-            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
->>>>>>> reliab
 
     def state_dict(self) -> dict[str, Any]:
         """What the next line will be made of."""

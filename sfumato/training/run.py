@@ -68,13 +68,8 @@ def _train(recipe: Recipe, world: World, *, force: bool) -> Path:
         pictures, kept_out = world.agree(
             lambda: hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
         )
-<<<<<<< HEAD
         check_shares(pictures, recipe.trainer.batch, world)
         place = _place(recipe, pictures, world)
-=======
-    check_shares(pictures, recipe.trainer.batch, world)
-    place = _place(recipe, pictures, world)
->>>>>>> reliab
     tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
     trackers = world.agree(lambda: open_trackers(recipe.trainer.trackers, tracked) if world.leads else [])
     devices = [place.device] if place.device.type == "cuda" else []

@@ -185,7 +185,7 @@ from sfumato.training.run import train
 toy = recipe("toy-dit", pictures(folder / f"data-{{rank if {apart} else 0}}"), folder / "run", 12)
 if {apart} and rank == 1:
     told = folder / "data-1" / "metadata.jsonl"
-    told.write_text("".join(told.read_text().splitlines(keepends=True)[:-1]))
+    told.write_text("".join(told.read_text().splitlines(keepends=True)[1:]))
 train(replace(toy, trainer=replace(toy.trainer, batch={batch})))
 """
     codes, said = script(tmp_path, work.format(apart=True, batch=4))
