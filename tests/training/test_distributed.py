@@ -190,7 +190,7 @@ train(replace(toy, trainer=replace(toy.trainer, batch={batch})))
 """
     codes, said = script(tmp_path, work.format(apart=True, batch=4))
     assert codes == [1, 1]
-    assert "process 0 has 8 pictures and process 1 has 7" in said
+    assert "process 0 has 10 pictures and process 1 has 9" in said
     codes, said = script(tmp_path, work.format(apart=False, batch=5))
     assert codes == [1, 1]
     assert "trainer.batch 5 cannot be shared equally by 2 processes" in said
