@@ -34,7 +34,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises: ValueError in one line if another process trains there, or the folder cannot be made.
     """
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
@@ -45,9 +45,9 @@ def held(folder: Path) -> Iterator[None]:
             _lock(descriptor, folder)
         yield
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one is not empty
+            for path in made:
+                path.rmdir()
         if descriptor is not None:
             os.close(descriptor)
 

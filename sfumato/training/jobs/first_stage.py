@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 
 from sfumato.checkpoints.layouts.lpips import read_lpips
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
+from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.perceptual import FeatureDistance, PerceptualNet
 from sfumato.training.jobs.job import Job, Place, examples, picture_batches, settle, trained
 from sfumato.training.recipe import Recipe
@@ -25,12 +27,23 @@ LOGGER = logging.getLogger(__name__)
 def autoencoding(recipe: Recipe, config: AutoencodingConfig, place: Place) -> Job:
     """Publishes the autoencoder. Raises: ValueError if the perceptual net or a file of LPIPS is not there."""
     task = Autoencoding(config, _perceptual(config, place), examples(place))
+    if config.init is not None:
+        _take_up(task, config.init, place)
     settle(task.modules, place.device)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
         return Folder(Parts({"autoencoder": averaged["autoencoder"]}), {}, to_json(place.about), place.card)
 
     return Job(task, picture_batches(recipe, place), result)
+
+
+def _take_up(task: Autoencoding, path: Path, place: Place) -> None:
+    """Begin with the weights of a trained autoencoder."""
+    trained_net = trained(path, Autoencoder, "openmoji-autoencoder", place.device)
+    asked, found = to_json(task.config.net), to_json(trained_net.config)
+    if differ := [f"{name} {found[name]}" for name in asked if asked[name] != found[name]]:
+        raise ValueError(f"the autoencoder of {path} has {', '.join(differ)}; set task.net like it")
+    task.net.load_state_dict(trained_net.state_dict())
 
 
 def _perceptual(config: AutoencodingConfig, place: Place) -> FeatureDistance | None:

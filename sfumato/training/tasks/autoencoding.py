@@ -38,6 +38,8 @@ class AutoencodingConfig:
 
     Attributes:
         net: the autoencoder.
+        init: folder of a trained autoencoder of that shape, or of a run that trained one, whose training is
+            taken up; the discriminator is new. None = fresh weights.
         discriminator: its critic.
         lpips_trunk, lpips_heads: files of the published LPIPS, see `checkpoints.layouts.lpips`.
         perceptual_net: folder of a trained perceptual net, or of a run that trained one, that stands in for
@@ -59,6 +61,7 @@ class AutoencodingConfig:
 
     kind: Literal["autoencoding"] = "autoencoding"
     net: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    init: Path | None = None
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     lpips_trunk: Path | None = None
     lpips_heads: Path | None = None

@@ -127,3 +127,25 @@ def test_codes_in_use_are_in_the_log_of_a_vq_run(pictures, tmp_path):
     for row in rows:
         assert 1 / 8 <= row["generator/codes_used"] <= 1
         assert 1 <= row["generator/codes_perplexity"] <= 8 * row["generator/codes_used"] + 1e-6
+
+
+def test_the_training_of_an_autoencoder_is_taken_up(pictures, tmp_path):
+    folder = train(toy(pictures, tmp_path / "run"))
+    recipe = toy(pictures, tmp_path / "next", init=tmp_path / "run")
+    place = Place(tmp_path, torch.device("cpu"), open_folder(recipe.data), recipe.about, "")
+    begun = build(recipe, place).task.modules["autoencoder"].state_dict()
+    trained = read_folder(folder).parts.nets["autoencoder"].state_dict()
+    assert begun.keys() == trained.keys()
+    assert all(torch.equal(begun[name], trained[name]) for name in begun)
+    assert read_log(train(recipe).parent / "log.jsonl")[-1]["images"] == 8
+    wider = replace(recipe.task.net, embed_dim=recipe.task.net.embed_dim + 1)
+    with pytest.raises(ValueError, match=f"has embed_dim {recipe.task.net.embed_dim}; set task.net like it"):
+        build(replace(recipe, task=replace(recipe.task, net=wider)), place)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = toy(pictures, Path("runs") / "refused")
+    with pytest.raises(ValueError, match="more than the"):
+        train(replace(recipe, trainer=replace(recipe.trainer, batch=500)))
+    assert not (tmp_path / "runs").exists()
