@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_rows", "all_sum", "rank", "world"]
+__all__ = ["all_rows", "all_sum", "processes", "rank", "world"]
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did."""
+    mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _started()
+    if mine:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        if mine:
+            dist.destroy_process_group()
 
 
 def world() -> int:
