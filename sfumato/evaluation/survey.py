@@ -54,7 +54,7 @@ class Survey:
         self._moments: dict[str, list[Moments]] = {}
         self._rows: dict[str, list[Tensor]] = {}
         self._positions: dict[str, list[Tensor]] = {}
-        self._score = InceptionScore(n)
+        self._score: InceptionScore | None = None
 
     def add(self, feature: str, values: Tensor, position: Tensor) -> None:
         """Values (B, D) of the pictures at `position` (B,). Raises: ValueError if one is not finite."""
@@ -71,6 +71,7 @@ class Survey:
             self._rows.setdefault(feature, []).append(values)
             self._positions.setdefault(feature, []).append(position)
         if "score" in keep:
+            self._score = self._score or InceptionScore(self.n, values.shape[1])
             self._score.update(values, position)
 
     def summary(self) -> Summary:
@@ -87,7 +88,7 @@ class Survey:
             gaussians={name: _added(parts).gaussian() for name, parts in sums.items()},
             parts={name: parts for name, parts in sums.items() if "parts" in self.keeps[name]},
             rows=rows,
-            score=self._score.score() if any("score" in keep for keep in self.keeps.values()) else None,
+            score=None if self._score is None else self._score.score(),
         )
 
 

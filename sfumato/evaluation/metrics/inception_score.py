@@ -33,7 +33,7 @@ class InceptionScore:
         classes: of the logits.
     """
 
-    def __init__(self, n: int, classes: int = 1008) -> None:
+    def __init__(self, n: int, classes: int) -> None:
         self.n = n
         splits = max(1, -(-n // SPLIT))
         self.count = torch.zeros(splits, dtype=torch.float64)
