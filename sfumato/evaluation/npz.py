@@ -145,6 +145,8 @@ def _in_place(file: BinaryIO, offset: int, path: Path) -> np.ndarray:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     except ValueError as error:
         raise ValueError(f"{path}: {PICTURES} cannot be read ({error})") from None
