@@ -64,9 +64,8 @@ PREPARATIONS = {
 
 
 def _middle(image: Image.Image, side: int) -> Image.Image:
-    factor = side / min(image.size)
     # torchvision, with which CLIP was published, cuts the longer side down to a whole number.
-    width, height = (side if n == min(image.size) else int(n * factor) for n in image.size)
+    width, height = (side * n // min(image.size) for n in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - side) / 2), round((height - side) / 2)
     return image.crop((left, top, left + side, top + side))
