@@ -21,7 +21,7 @@ Keep = Literal["moments", "parts", "rows", "score"]
 """Of a feature: its mean and covariance, those of GROUPS parts, every row, or the Inception score."""
 Pair = Callable[[Tensor, Tensor], Tensor]
 """Pictures and their references, (B, 3, H, W) in [-1, 1] -> (B,)."""
-Progress = Callable[[str, int, int], None]
+BLOCK = 32  # consecutive pictures of one part at most: a part's sums are touched once per batch
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class Survey:
         if keep & {"moments", "parts"}:
             groups = GROUPS if "parts" in keep else 1
             sums = self._moments.setdefault(feature, [Moments(values.shape[1]) for _ in range(groups)])
-            for group in range(groups):
-                if (mine := position % groups == group).any():
-                    sums[group].update(values[mine])
+            block = min(max(self.n // (10 * groups), 1), BLOCK)
+            part = position // block % groups
+            for group in part.unique().tolist():
+                sums[group].update(values[part == group])
         if "rows" in keep:
             self._rows.setdefault(feature, []).append(values)
             self._positions.setdefault(feature, []).append(position)
