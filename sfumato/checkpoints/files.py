@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["COPY_AGAIN", "read_pickled", "read_safetensors", "read_weights", "sha256", "write_safetensors"]
+__all__ = [
+    "COPY_AGAIN",
+    "read_pickled",
+    "read_safetensors",
+    "read_tensors",
+    "read_weights",
+    "sha256",
+    "write_safetensors",
+]
 
 COPY_AGAIN = "copy or download it again"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -34,6 +42,21 @@ def read_weights(path: str | Path) -> dict[str, object]:
     raise ValueError(
         f"{path}: unknown weights file ending {suffix!r}; allowed: .safetensors, {', '.join(PICKLED)}"
     )
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Content of a file of nothing but tensors, floating ones in float32.
+
+    Raises: ValueError in one line as `read_weights` does, or naming what is no tensor.
+    """
+    state: dict[str, Tensor] = {}
+    for name, v in read_weights(path).items():
+        if not isinstance(v, Tensor):
+            raise ValueError(
+                f"{path}: {name!r} is a {type(v).__name__}; expected a mapping of names to tensors"
+            )
+        state[name] = v.float() if v.is_floating_point() else v
+    return state
 
 
 def read_safetensors(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

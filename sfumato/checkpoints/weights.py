@@ -13,10 +13,11 @@ from sfumato.checkpoints.files import COPY_AGAIN
 __all__ = ["assign", "floating", "parameter_free"]
 
 T = TypeVar("T")
+N = TypeVar("N", bound=nn.Module)
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-def parameter_free(build: Callable[[T], nn.Module], config: T) -> nn.Module:
+def parameter_free(build: Callable[[T], N], config: T) -> N:
     """A network whose parameters take no memory and no time until `assign` puts tensors in their place."""
     with torch.device("meta"):
         net = build(config)

@@ -12,11 +12,13 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from sfumato.api import load
+from sfumato.cli.evaluating import Flags, measured
 from sfumato.cli.output import check_writable
 from sfumato.cli.parsing import parse
 from sfumato.core.config import to_json
 from sfumato.core.registry import unknown
 from sfumato.core.world import joined
+from sfumato.data.locations import is_remote
 from sfumato.evaluation.openmoji import Protocol
 from sfumato.evaluation.openmoji import evaluate as measure
 
@@ -46,14 +48,29 @@ def evaluate(args: list[str]) -> int:
     """`sfumato evaluate`."""
     if not args or args[0] in ("-h", "--help"):
         print(
-            "usage: sfumato evaluate openmoji [DIR] ...\n\n"
+            "usage: sfumato evaluate SYSTEM --reference DIR ...\n"
+            "       sfumato evaluate openmoji [DIR] ...\n\n"
+            "  SYSTEM        FID, KID, precision and recall ... of a system, a folder or an .npz file.\n"
             "  openmoji DIR  Reconstruction PSNR and retrieval accuracy on the OpenMoji set.\n\n"
-            "More about it: sfumato evaluate openmoji --help"
+            "More about each: sfumato evaluate . --help, sfumato evaluate openmoji --help"
         )
         return 0
-    if args[0] not in TASKS:
-        raise ValueError(unknown("evaluation", args[0], list(TASKS)))
-    return TASKS[args[0]](args[1:])
+    if args[0] in TASKS:
+        return TASKS[args[0]](args[1:])
+    if not args[0].startswith("-") and not Path(args[0]).exists() and not is_remote(args[0]):
+        raise ValueError(
+            f"{unknown('evaluation', args[0], list(TASKS))}, or the path of a system or of pictures"
+        )
+    return general(args)
+
+
+def general(args: list[str]) -> int:
+    """`sfumato evaluate SYSTEM`."""
+    flags = parse(Flags, "evaluate", args)
+    with _progress() as told:
+        for text in measured(flags, told):
+            print(text, flush=True)
+    return 0
 
 
 def openmoji(args: list[str]) -> int:

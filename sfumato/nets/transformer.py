@@ -37,11 +37,12 @@ class SelfAttention(nn.Module):
         self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D); mask (B, L) bool, True = may be attended to."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+        """x (B, L, D); mask (B, L) bool, True = may be attended to; causal = by what comes later only."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         keys = None if mask is None else mask[:, None, None, :]
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=keys)
+        q, k = self.q_norm(q), self.k_norm(k)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
         return self.out(merge_heads(y))
 
 
@@ -72,7 +73,12 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, Linear; `approximate` as in torch ("tanh" for DiT, "none" for CLIP-like towers)."""
+    """Linear, GELU, Linear.
+
+    Args:
+        approximate: of the GELU as in torch ("tanh" for DiT, "none" for OpenCLIP), or "quick" for
+            x sigmoid(1.702 x) (OpenAI's CLIP).
+    """
 
     def __init__(self, dim: int, hidden: int, *, approximate: str = "none") -> None:
         super().__init__()
@@ -81,4 +87,7 @@ class FeedForward(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        h = self.up(x)
+        if self.approximate == "quick":
+            return self.down(h * (1.702 * h).sigmoid())
+        return self.down(F.gelu(h, approximate=self.approximate))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sfumato.checkpoints.files import read_weights
+from sfumato.checkpoints.files import read_tensors
 from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable, Row, squeezed
 from sfumato.checkpoints.weights import assign
 from sfumato.nets.perceptual import (
@@ -62,7 +62,7 @@ def read_lpips(trunk: Path, heads: Path) -> FeatureDistance:
 
     Raises: ValueError in one line with the file and what is wrong in it.
     """
-    state, linear = _tensors(trunk), _tensors(heads)
+    state, linear = read_tensors(trunk), read_tensors(heads)
     if "features.0.weight" not in state:
         raise ValueError(
             f"{trunk} has no tensor 'features.0.weight'; give the VGG-16 or SqueezeNet 1.1 of torchvision"
@@ -112,15 +112,3 @@ def _rows(state: Mapping[str, Tensor], name: str, path: Path) -> int:
     if name not in state or state[name].ndim == 0:
         raise ValueError(f"{path} has no weight {name!r}; give the VGG-16 or SqueezeNet 1.1 of torchvision")
     return state[name].shape[0]
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """A file of nothing but tensors, floating ones in float32."""
-    state: dict[str, Tensor] = {}
-    for name, v in read_weights(path).items():
-        if not isinstance(v, Tensor):
-            raise ValueError(
-                f"{path}: {name!r} is a {type(v).__name__}; expected a mapping of names to tensors"
-            )
-        state[name] = v.float() if v.is_floating_point() else v
-    return state

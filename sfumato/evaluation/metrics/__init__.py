@@ -1,0 +1,1 @@
+"""The field's metrics as formulas over features and pictures, without any network."""

@@ -1,0 +1,159 @@
+"""CLIP: a vision and a text transformer with one space of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.nets.encoder import EncoderBlock
+from sfumato.nets.transformer import FeedForward
+
+__all__ = ["CLIP", "CLIPConfig", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "TextStates"]
+
+Activation = Literal["quick", "none"]
+"""GELU: "quick" in OpenAI's weights, "none" (exact) in OpenCLIP's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """Shape of the text tower; `embed` is the width of the shared space, 0 = no projection into it."""
+
+    vocab: int = 49408
+    context: int = 77
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    embed: int = 768
+    activation: Activation = "quick"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig:
+    """Shape of the vision tower; `side` is that of its pictures in pixels, `embed` as for text."""
+
+    side: int = 224
+    patch: int = 14
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    hidden: int = 4096
+    embed: int = 768
+    activation: Activation = "quick"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Both towers; the defaults are OpenAI's ViT-L/14."""
+
+    vision: CLIPVisionConfig = CLIPVisionConfig()
+    text: CLIPTextConfig = CLIPTextConfig()
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What text conditioning takes.
+
+    Attributes:
+        states: before the first block and after each, (B, L, width), without the final norm.
+        last: the last one after it.
+        pooled: of `last`, the end token (B, width).
+        embedding: pooled, projected (B, embed); pooled itself without a projection.
+    """
+
+    states: tuple[Tensor, ...]
+    last: Tensor
+    pooled: Tensor
+    embedding: Tensor
+
+
+class CLIPText(nn.Module):
+    """Token ids -> states and embedding (Radford et al. 2021, arXiv:2103.00020, section 2.4).
+
+    Attention is causal, so that padding after the end token is of no effect.
+    """
+
+    projection: nn.Linear | None
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.tokens = nn.Embedding(c.vocab, c.width)
+        self.positions = nn.Parameter(0.01 * torch.randn(c.context, c.width))
+        self.blocks = _blocks(c)
+        self.norm = nn.LayerNorm(c.width)
+        self.projection = nn.Linear(c.width, c.embed, bias=False) if c.embed else None
+
+    def forward(self, ids: Tensor) -> TextStates:
+        """Ids (B, L) int64. The end token is the first with the highest id, as in the published code.
+
+        Raises: ValueError if L exceeds the context.
+        """
+        if ids.shape[1] > self.config.context:
+            raise ValueError(
+                f"{ids.shape[1]} tokens for a text tower with a context of {self.config.context}"
+            )
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1], causal=True))
+        last = self.norm(states[-1])
+        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
+        embedding = pooled if self.projection is None else self.projection(pooled)
+        return TextStates(tuple(states), last, pooled, embedding)
+
+
+class CLIPVision(nn.Module):
+    """Picture -> embedding (Radford et al. 2021, arXiv:2103.00020, section 2.4)."""
+
+    projection: nn.Linear | None
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.patches = nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)
+        self.cls = nn.Parameter(c.width**-0.5 * torch.randn(c.width))
+        self.positions = nn.Parameter(c.width**-0.5 * torch.randn((c.side // c.patch) ** 2 + 1, c.width))
+        self.norm_in = nn.LayerNorm(c.width)
+        self.blocks = _blocks(c)
+        self.norm = nn.LayerNorm(c.width)
+        self.projection = nn.Linear(c.width, c.embed, bias=False) if c.embed else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (B, 3, side, side), normalized by CLIP's mean and deviation -> (B, embed)."""
+        return self.embed(self.states(image)[-1])
+
+    def states(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Before the first block and after each, (B, 1 + patches, width), class token first."""
+        x = self.patches(image).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1) + self.positions
+        states = [self.norm_in(x)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return tuple(states)
+
+    def embed(self, state: Tensor) -> Tensor:
+        """Embedding (B, embed) of the last state; the normalized class token without a projection."""
+        pooled = self.norm(state[:, 0])
+        return pooled if self.projection is None else self.projection(pooled)
+
+
+class CLIP(nn.Module):
+    """Both towers, and the learned scale of their likeness."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = CLIPVision(config.vision)
+        self.text = CLIPText(config.text)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07)
+
+
+def _blocks(c: CLIPTextConfig | CLIPVisionConfig) -> nn.ModuleList:
+    return nn.ModuleList(
+        EncoderBlock(c.width, c.heads, FeedForward(c.width, c.hidden, approximate=c.activation))
+        for _ in range(c.depth)
+    )

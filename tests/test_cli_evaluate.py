@@ -1,0 +1,153 @@
+"""`sfumato evaluate SYSTEM --reference DIR` from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato import cli
+from sfumato.cli import evaluating
+from sfumato.core.png import save_png
+from sfumato.evaluation.features import FeatureNet
+from sfumato.evaluation.npz import PictureFile
+
+SHORT = ("--n", "24", "--steps", "2", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five means of pixels in place of Inception's features."""
+
+    def features(pixels: Tensor) -> dict[str, Tensor]:
+        pool = nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 2).flatten(1)[:, :5]
+        return {"pool": pool, "spatial": pool[:, :3], "logits": 9 * pool}
+
+    net = FeatureNet("inception", Path("toy.pth"), "ab" * 32, nn.Identity(), features)
+    monkeypatch.setattr(evaluating, "open_net", lambda name, given, device: replace(net, name=name))
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    for i in range(24):
+        save_png(tmp_path / f"ref/{i:02}.png", torch.randint(256, (3, 16, 16), dtype=torch.uint8))
+        (tmp_path / f"ref/{i:02}.txt").write_text("red heart")
+    return tmp_path / "ref"
+
+
+def figures(printed: str) -> dict[str, float]:
+    return {f["name"]: f["value"] for f in json.loads(printed)["figures"]}
+
+
+def test_a_system(tiny_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    args = ["evaluate", str(tiny_folder), "--reference", str(reference), *SHORT]
+    assert cli.main([*args, "--json", "--save", str(tmp_path / "s.npz")]) == 0
+    said = capsys.readouterr().out
+    found, protocol = figures(said), json.loads(said)["protocol"]
+    assert set(found) == {"fid", "fid_inf", "sfid", "kid", "is", "precision", "recall", "density", "coverage"}
+    assert protocol["samples"]["options"]["base"]["steps"] == 2
+    assert protocol["samples"]["n"] == 24
+    assert protocol["nets"]["inception"]["sha256"] == "ab" * 32
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["arr_0"].shape == (24, 16, 16, 3)
+    assert cli.main(["evaluate", str(tmp_path / "s.npz"), "--reference", str(reference), "--json"]) == 0
+    again = figures(capsys.readouterr().out)
+    assert again == pytest.approx(found, rel=1e-5)
+    assert cli.main(args) == 0
+    assert "fid_inf" in capsys.readouterr().out
+
+
+def test_statistics_serve_as_reference(
+    tiny_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    statistics = str(tmp_path / "statistics.npz")
+    args = ["evaluate", str(reference), "--metrics", "fid", "sfid", "--json", "--device", "cpu"]
+    assert cli.main([*args, "--reference", str(reference), "--statistics", statistics]) == 0
+    assert figures(capsys.readouterr().out) == pytest.approx({"fid": 0, "sfid": 0}, abs=1e-6)
+    assert cli.main([*args, "--reference", statistics]) == 0
+    assert figures(capsys.readouterr().out) == pytest.approx({"fid": 0, "sfid": 0}, abs=1e-6)
+
+
+def test_reconstructions(tiny_folder: Path, reference: Path, capsys: pytest.CaptureFixture) -> None:
+    args = ["evaluate", str(tiny_folder), "--reference", str(reference), "--reconstruct", "--json"]
+    assert cli.main([*args, "--metrics", "fid", "psnr", "ssim", "--device", "cpu"]) == 0
+    found = figures(capsys.readouterr().out)
+    assert set(found) == {"rfid", "psnr", "ssim"}
+    assert 0 < found["psnr"] < 40
+
+
+def test_watching(tiny_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    (run / f"checkpoints/{8:012d}").mkdir(parents=True)
+    (run / "recipe.json").write_text(json.dumps({"name": "toy", "trainer": {"images": 8}}))
+    (run / f"checkpoints/{8:012d}/manifest.json").write_text("{}")
+    shutil.copytree(tiny_folder, run / "system")
+    os.utime(run / "system/system.json")
+    args = ["evaluate", str(run), "--watch", "--reference", str(reference), *SHORT, "--metrics", "fid"]
+    assert cli.main([*args, "--every", "0.1", "--timeout", "20"]) == 0
+    assert capsys.readouterr().out.startswith("8 images: fid ")
+    row = json.loads((run / "evaluation.jsonl").read_text())
+    assert row["images"] == 8
+    assert row["figures"][0]["name"] == "fid"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{system}", "--metrics", "fid"], "fid needs a reference; give --reference DIR"),
+        (["{system}", "--metrics", "is"], "this system draws from captions; give a --reference"),
+        (["{system}", "--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'?"),
+        (["{system}", "--reference", "{ref}", "--n", "0"], "--n is 0 and --batch 32; allowed: 1 or more"),
+        (["{system}", "--reference", "{ref}", "--n", "1", "--metrics", "fid"], "covariance of 1 samples"),
+        (["{system}", "--reference", "{small}"], "smaller than the samples of 16x16"),
+        (["{system}", "--reference", "{system}"], "no pictures"),
+        (["{ref}", "--reconstruct", "--reference", "{ref}"], "--reconstruct needs a system"),
+        (["{float}", "--metrics", "is"], "arr_0 is float32, pictures are uint8 in 0..255; they hold NaN"),
+        (["{ref}", "--reference", "{npz}"], "has pictures of 8x8, the samples are 16x16"),
+        (["{ref}", "--watch", "--metrics", "is"], "there is no run in"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    args: list[str],
+    message: str,
+    tiny_folder: Path,
+    reference: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    save_png(tmp_path / "small/0.png", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    np.savez(tmp_path / "float.npz", np.full((2, 16, 16, 3), np.nan, np.float32))
+    with PictureFile(tmp_path / "8.npz", (2, 8, 8)) as file:
+        file.add(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    places = {"system": tiny_folder, "ref": reference, "small": tmp_path / "small"}
+    places |= {"float": tmp_path / "float.npz", "npz": tmp_path / "8.npz"}
+    assert cli.main(["evaluate", *(a.format(**places) for a in args), "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_nan_pictures_are_refused(
+    tiny_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from sfumato.api import load, save
+
+    system = load(tiny_folder)
+    parameter = next(iter(system.parts.nets["autoencoder"].decoder.parameters()))
+    with torch.no_grad():
+        parameter.fill_(3e38)  # finite weights whose pictures are not
+    save(system, tmp_path / "broken")
+    args = ["evaluate", str(tmp_path / "broken"), "--reference", str(reference), *SHORT, "--metrics", "fid"]
+    assert cli.main([*args, "--save", str(tmp_path / "s.npz")]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "not finite" in said.err
+    assert not (tmp_path / "s.npz").exists()
