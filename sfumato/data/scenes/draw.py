@@ -80,7 +80,9 @@ def _render(scenes: Scenes, size: int) -> NDArray[np.uint8]:
     half = window(size) // 2
     side = size + 2 * half
     ground = grounds[scenes.background]  # (N, 3)
-    canvas = np.repeat(ground, side * side, axis=0)  # (N * side * side, 3), with room for windows that stick out
+    canvas = np.repeat(
+        ground, side * side, axis=0
+    )  # (N * side * side, 3), with room for windows that stick out
     reach = np.arange(-half, half)
     for k in range(int(scenes.count.max(initial=0))):  # in turn, for windows of one picture may overlap
         rows = np.flatnonzero(scenes.count > k)

@@ -37,13 +37,13 @@ COLORS: dict[str, RGB] = {
     "cyan": (30, 190, 220),
     "blue": (30, 60, 215),
     "purple": (130, 30, 165),
-    "pink": (245, 110, 180),
+    "pink": (250, 90, 175),
 }
 BACKGROUNDS: dict[str, RGB] = {
     "white": (255, 255, 255),
     "beige": (235, 215, 175),
     "gray": (150, 150, 155),
-    "slate": (60, 70, 90),
+    "lavender": (205, 190, 235),
 }
 INK: RGB = (0, 0, 0)
 """Color of the stripes and dots of textured objects."""

@@ -21,7 +21,7 @@ KINDS = (0.3, 0.35, 0.2, 0.1, 0.05)  # one; two; two to four alike; two or three
 TRIES = 8  # places tried for an object before all are placed anew
 SPARSE = 16  # numbers are computed one by one if they lie this far apart
 REACH = 1.1  # largest shape, in units of its radius
-GAP, MARGIN = 3 / 64, 1.5 / 64  # of background between objects, and around them
+GAP, MARGIN = 3.5 / 64, 1.5 / 64  # of background between objects, and around them
 
 
 def draw_scenes(split: Split, count: int, *, seed: int = 0, first: int = 0) -> Scenes:

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from sfumato.data.scenes.graph import COLORS, INVERSE, MOST, RELATIONS, SHAPES, Scenes, relation_of
 
-__all__ = ["HELD_COUNTS", "HELD_PAIRS", "HELD_RELATIONS", "SPLITS", "Split", "clear", "fits", "related", "wanted"]
+__all__ = [
+    "HELD_COUNTS",
+    "HELD_PAIRS",
+    "HELD_RELATIONS",
+    "SPLITS",
+    "Split",
+    "clear",
+    "fits",
+    "related",
+    "wanted",
+]
 
 Split = Literal["train", "seen", "combinations", "counts", "relations", "phrasings"]
 """train: to learn from. seen: new scenes of the same kind. The others: each shows one thing held out from
