@@ -29,9 +29,7 @@ class OpenMoji:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesFlags:
-    """Write captioned scenes as tar shards, for other programs: training needs no files but reads them as the
-    data path scenes:COUNT.
-    """
+    """Write captioned scenes as tar shards; training draws its own from the data path scenes:COUNT."""
 
     directory: Positional[Path]
     """Folder to write; a new one."""

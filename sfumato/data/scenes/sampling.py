@@ -114,7 +114,7 @@ def _distinct(u: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def _places(name: str, rows: NDArray[np.int64], old: Scenes) -> Scenes:
-    """Each object in turn at the first of TRIES places that is far enough from those before it, or the last."""
+    """Each object in turn at the first of TRIES places that is far enough from those before it, if any is."""
     u = uniforms(name, rows, 2 * TRIES * MOST).reshape(len(rows), MOST, 2, TRIES)
     radius = np.asarray(RADII)[old.size] * REACH  # (n, MOST)
     room = (radius + MARGIN)[:, :, None, None]

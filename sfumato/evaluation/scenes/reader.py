@@ -82,10 +82,9 @@ def _read(pictures: NDArray[np.uint8], size: int) -> list[Reading]:
         objects[picture].append(item)
     names = tuple(BACKGROUNDS)
     readings = []
-    for fault, number, items in zip(faults.tolist(), ground.tolist(), objects, strict=True):
+    for wrong, number, items in zip(faults.tolist(), ground.tolist(), objects, strict=True):
         known = tuple(item for item in items if item is not None)
-        if not fault and len(known) < len(items):
-            fault = "object"
+        fault = wrong or ("object" if len(known) < len(items) else "")
         readings.append(Reading(None, fault) if fault else Reading(Scene(names[number], known)))
     return readings
 
