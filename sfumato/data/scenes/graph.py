@@ -137,20 +137,26 @@ def gather(scenes: Sequence[Scene]) -> Scenes:
     Raises: ValueError if a scene has more than MOST objects or an unknown word.
     """
     colors, backgrounds = tuple(COLORS), tuple(BACKGROUNDS)
-    tables = {"shape": SHAPES, "color": colors, "size": SIZES, "texture": TEXTURES}
     many = next((len(s.objects) for s in scenes if len(s.objects) > MOST), None)
     if many is not None:
         raise ValueError(f"a scene has {many} objects; allowed: at most {MOST}")
-    numbers = {name: np.zeros((len(scenes), MOST), np.int8) for name in tables}
-    places = {name: np.zeros((len(scenes), MOST)) for name in ("x", "y")}
-    for i, scene in enumerate(scenes):
-        for k, item in enumerate(scene.objects):
-            for name, table in tables.items():
-                numbers[name][i, k] = table.index(getattr(item, name))
-            places["x"][i, k], places["y"][i, k] = item.x, item.y
-    count = np.array([len(scene.objects) for scene in scenes], np.int8)
-    ground = np.array([backgrounds.index(scene.background) for scene in scenes], np.int8)
-    return Scenes(count, ground, **numbers, **places)
+    blank = Object(SHAPES[0], colors[0], SIZES[0], TEXTURES[0], 0.0, 0.0)
+    rows = [[*scene.objects, *[blank] * (MOST - len(scene.objects))] for scene in scenes]
+
+    def numbers(name: str, table: tuple[str, ...]) -> NDArray[np.int8]:
+        found = [[table.index(getattr(item, name)) for item in row] for row in rows]
+        return np.array(found, np.int8).reshape(-1, MOST)
+
+    return Scenes(
+        count=np.array([len(scene.objects) for scene in scenes], np.int8),
+        background=np.array([backgrounds.index(scene.background) for scene in scenes], np.int8),
+        shape=numbers("shape", SHAPES),
+        color=numbers("color", colors),
+        size=numbers("size", SIZES),
+        texture=numbers("texture", TEXTURES),
+        x=np.array([[item.x for item in row] for row in rows], np.float64).reshape(-1, MOST),
+        y=np.array([[item.y for item in row] for row in rows], np.float64).reshape(-1, MOST),
+    )
 
 
 def relation_of(dx: NDArray[np.float64], dy: NDArray[np.float64]) -> NDArray[np.int8]:

@@ -73,9 +73,11 @@ def _block(split: Split, seed: int, first: int, count: int) -> Scenes:
 
 
 def _blank(count: int) -> Scenes:
-    numbers = [np.zeros(count, np.int8) for _ in range(2)]
-    numbers += [np.zeros((count, MOST), np.int8) for _ in range(4)]
-    return Scenes(*numbers, *(np.zeros((count, MOST)) for _ in range(2)))
+    def numbers() -> NDArray[np.int8]:
+        return np.zeros((count, MOST), np.int8)
+
+    few, places = np.zeros(count, np.int8), np.zeros((count, MOST))
+    return Scenes(few, few.copy(), numbers(), numbers(), numbers(), numbers(), places, places.copy())
 
 
 def _put(scenes: Scenes, rows: NDArray[np.int64], values: Scenes) -> None:
@@ -97,9 +99,11 @@ def _graphs(name: str, rows: NDArray[np.int64], old: Scenes) -> Scenes:
     color, shape = np.divmod(_distinct(u[:, 2:6], pairs), len(SHAPES))
     size = (u[:, 6:10] * len(SIZES)).astype(int)
     texture = (u[:, 10:14] * len(TEXTURES)).astype(int) * size  # only large objects have one
-    columns = [np.take_along_axis(v, slot, 1).astype(np.int8) for v in (shape, color, size, texture)]
+    shape, color, size, texture = (
+        np.take_along_axis(v, slot, 1).astype(np.int8) for v in (shape, color, size, texture)
+    )
     ground = (u[:, 14] * len(BACKGROUNDS)).astype(np.int8)
-    return Scenes(total.astype(np.int8), ground, *columns, old.x, old.y)
+    return Scenes(total.astype(np.int8), ground, shape, color, size, texture, old.x, old.y)
 
 
 def _distinct(u: NDArray[np.float64], count: int) -> NDArray[np.int64]:

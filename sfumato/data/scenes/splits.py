@@ -103,7 +103,8 @@ def _held_counts(scenes: Scenes) -> NDArray[np.bool_]:
 
 def _relatable(scenes: Scenes) -> NDArray[np.bool_]:
     """(N,) whether the first two objects are of shapes for which some relation is held out."""
-    found: NDArray[np.bool_] = _relation_table().any(1)[scenes.shape[:, 0], scenes.shape[:, 1]]
+    some = np.asarray(_relation_table().any(1))  # (shape, shape)
+    found: NDArray[np.bool_] = some[scenes.shape[:, 0], scenes.shape[:, 1]]
     return found
 
 

@@ -60,8 +60,16 @@ def templates(size: int) -> Templates:
     radius = (np.asarray(RADII)[scale] * size).astype(np.float32)
     covered = coverage(shape, dx, dy, radius)
     inked = covered * ink(texture, dx, dy, radius)
-    color, black = ((part.reshape(len(looks), -1)) for part in (covered - inked, inked))
-    products = [np.einsum("kp,kp->k", a, b) for a, b in ((color, color), (color, black), (black, black))]
+    color, black = (part.reshape(len(looks), -1) for part in (covered - inked, inked))
     return Templates(
-        np.ascontiguousarray(color.T), np.ascontiguousarray(black.T), *products, shape, scale, texture, x, y
+        color=np.ascontiguousarray(color.T),
+        ink=np.ascontiguousarray(black.T),
+        color2=np.einsum("kp,kp->k", color, color),
+        both=np.einsum("kp,kp->k", color, black),
+        ink2=np.einsum("kp,kp->k", black, black),
+        shape=shape,
+        size=scale,
+        texture=texture,
+        x=x,
+        y=y,
     )
