@@ -35,6 +35,7 @@ __all__ = ["Case", "Protocol", "Result", "Shown", "cases", "evaluate", "refuse_o
 
 REVISION = 1  # of the scenes, captions, reader and scores; results of different ones are not compared
 SEARCHED = 2048  # scenes looked through at a time for captions of one difficulty
+RARE = 40  # a difficulty has at least one caption in so many
 SHOWN = 24  # pictures of each split on the sheet
 FRAME = 3  # pixels
 Progress = Callable[[str, int, int], None]
@@ -135,7 +136,7 @@ def cases(split: Split, count: int, *, seed: int = 0, difficulty: int | None = N
         scenes = draw_scenes(split, count, seed=seed)
         return [Case(*pair) for pair in zip(describe(scenes, split, seed=seed), scenes.unpack(), strict=True)]
     found: list[Case] = []
-    for first in range(0, 100 * max(count, SEARCHED), SEARCHED):
+    for first in range(0, max(RARE * count, 4 * SEARCHED), SEARCHED):
         scenes = draw_scenes(split, SEARCHED, seed=seed, first=first)
         pairs = zip(describe(scenes, split, seed=seed, first=first), scenes.unpack(), strict=True)
         found += [Case(*pair) for pair in pairs if pair[0].difficulty == difficulty]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
@@ -21,6 +22,7 @@ HELD_OUT = re.compile(
 DICE = [i / 16 for i in range(16)]
 
 
+@cache
 def cases(split, count=400):
     scenes = draw_scenes(split, count)
     return list(zip(scenes.unpack(), describe(scenes, split), strict=True))

@@ -89,7 +89,7 @@ BLOB = np.hypot(*(np.mgrid[:64, :64] - 31.5)) + 4 * np.sin(3 * np.arctan2(*(np.m
         (lambda p: p, ""),
         (lambda p: (p + noise(5)).clip(0, 255), ""),
         (lambda p: noise(200).clip(0, 255), "background"),
-        (lambda p: np.zeros_like(p), "background"),
+        (np.zeros_like, "background"),
         (lambda p: p[:, :, :, ::-1] // 2 + 60, "background"),
         (lambda p: np.full_like(p, 255), "count"),
         (lambda p: np.where(BLOB[..., None], (215, 25, 30), 255)[None], "object"),
