@@ -79,7 +79,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 @pytest.mark.slow
 def test_ten_thousand_are_drawn_in_time():
-    """Process time of one core, so that other work on the machine does not count; 20 s are promised on two."""
+    """Process time of one core, so that other work on the machine does not count; 20 s are promised."""
     from time import process_time
 
     start = process_time()

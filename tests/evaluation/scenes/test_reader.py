@@ -165,3 +165,14 @@ def test_damage_lowers_accuracy_and_is_told():
     assert 5 < noisy.psnr < 20
     with pytest.raises(ValueError, match="unknown damage 'codec'; allowed: none, blur, noise"):
         accuracy(1, 64, "codec")
+
+
+@pytest.mark.slow
+def test_ten_thousand_are_read_in_time():
+    """Process time of one core; 60 s are promised."""
+    from time import process_time
+
+    pictures = render(draw_scenes("seen", 10_000), 64)
+    start = process_time()
+    assert len(read(pictures)) == 10_000
+    assert process_time() - start < 60
