@@ -45,7 +45,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"sfumato {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["generate", "rerun", "reconstruct", "info", "data", "evaluate"])
+@pytest.mark.parametrize("verb", ["generate", "rerun", "reconstruct", "info", "data", "evaluate", "bench"])
 def test_every_command_has_help(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     assert f"usage: sfumato {verb}" in capsys.readouterr().out

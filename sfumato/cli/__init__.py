@@ -45,7 +45,7 @@ def info(args: list[str]) -> int:
 
 
 def data(args: list[str]) -> int:
-    """Make the OpenMoji picture set, or check a folder of pictures."""
+    """Make the OpenMoji picture set or scenes, or check a folder of pictures."""
     from sfumato.cli.datasets import data as verb
 
     return verb(args)
@@ -79,6 +79,13 @@ def evaluate(args: list[str]) -> int:
     return verb(args)
 
 
+def bench(args: list[str]) -> int:
+    """Run a benchmark that scores exactly what a system draws."""
+    from sfumato.cli.bench import bench as verb
+
+    return verb(args)
+
+
 VERBS: dict[str, Verb] = {
     "generate": generate,
     "rerun": rerun,
@@ -89,6 +96,7 @@ VERBS: dict[str, Verb] = {
     "runs": runs,
     "doctor": doctor,
     "evaluate": evaluate,
+    "bench": bench,
 }
 USAGE, INTERRUPTED = 2, 130
 OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memory", re.IGNORECASE)

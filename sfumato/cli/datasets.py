@@ -1,4 +1,4 @@
-"""The verbs about pictures to learn from: data openmoji, data check."""
+"""The verbs about pictures to learn from: data openmoji, data scenes, data check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from sfumato.cli.parsing import parse
 from sfumato.core.registry import unknown
+from sfumato.data.scenes.splits import Split
 
 __all__ = ["data"]
 
@@ -24,6 +25,22 @@ class OpenMoji:
     """Folder to write; an interrupted run goes on where it stopped."""
     size: int = 64
     """Side in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesFlags:
+    """Write captioned scenes as tar shards; training draws its own from the data path scenes:COUNT."""
+
+    directory: Positional[Path]
+    """Folder to write; a new one."""
+    count: int
+    """Number of pictures."""
+    size: int = 64
+    """Side in pixels: 32, 64 or 128."""
+    seed: int = 0
+    """Other seeds, other scenes."""
+    split: Split = "train"
+    """What is held out from training, and so in none of the scenes of train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +60,9 @@ def data(args: list[str]) -> int:
     """`sfumato data`."""
     if not args or args[0] in ("-h", "--help"):
         print(
-            "usage: sfumato data {openmoji,check} ...\n\n"
+            "usage: sfumato data {openmoji,scenes,check} ...\n\n"
             "  openmoji DIR  Render the OpenMoji set into an image folder with captions.\n"
+            "  scenes DIR    Write captioned scenes of colored shapes as tar shards.\n"
             "  check DIR     Report on a folder of pictures, or on tar shards.\n\n"
             "More about one: sfumato data check --help"
         )
@@ -61,6 +79,17 @@ def openmoji(args: list[str]) -> int:
     flags = parse(OpenMoji, "data openmoji", args)
     with _progress("rendering") as told:
         print(render(flags.directory, size=flags.size, progress=told))
+    return 0
+
+
+def scenes(args: list[str]) -> int:
+    """`sfumato data scenes`."""
+    from sfumato.data.scenes.source import SceneSet, write_scenes
+
+    flags = parse(ScenesFlags, "data scenes", args)
+    wanted = SceneSet(count=flags.count, size=flags.size, seed=flags.seed, split=flags.split)
+    with _progress("drawing") as told:
+        print(write_scenes(flags.directory, wanted, progress=told))
     return 0
 
 
@@ -82,7 +111,7 @@ def check(args: list[str]) -> int:
     return 0
 
 
-TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji, "check": check}
+TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji, "scenes": scenes, "check": check}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The one place that decides what a data path is: a folder of pictures, or tar shards."""
+"""The one place that decides what a data path is: a folder of pictures, tar shards, or scenes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sfumato.data.entries import Entry, read_entries
 from sfumato.data.locations import address, is_remote, shard_names
+from sfumato.data.scenes.source import PREFIX, scene_entries
 from sfumato.data.shards import read_shards
 from sfumato.data.store import ShardStore
 
@@ -17,7 +18,8 @@ def open_pictures(
 ) -> tuple[list[Entry], tuple[str, ...]]:
     """The pictures of a data path, and the names of their classes.
 
-    Shards if `locations.shard_names` finds any there, else a folder as in `entries.read_entries`.
+    Scenes drawn as they are read if it begins with "scenes:", shards if `locations.shard_names` finds any
+    there, else a folder as in `entries.read_entries`.
 
     Args:
         store: of local copies and indexes of shards; by default one in the user's cache.
@@ -25,6 +27,8 @@ def open_pictures(
 
     Raises: ValueError in one line if there are no pictures, or the metadata or a shard are damaged.
     """
+    if str(path).startswith(PREFIX):
+        return scene_entries(str(path)), ()
     if names := shard_names(path):
         return read_shards(names, store or ShardStore())
     if is_remote(address(path)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfumato.families import latent  # noqa: F401 (fills RECIPES)
+from sfumato.families import latent, scenes  # noqa: F401 (fill RECIPES)
 from sfumato.families.registry import RECIPES
 
 __all__ = ["RECIPES"]

@@ -1,0 +1,1 @@
+"""A captioned world whose pictures can be read back exactly: one to four colored shapes on a plain ground."""
