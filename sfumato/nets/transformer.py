@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.nets.patches import Rotation, rotate
 from sfumato.nets.tags import fused
 
-__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "merge_heads", "split_heads"]
+__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "SwiGLU", "merge_heads", "split_heads"]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -37,12 +38,14 @@ class SelfAttention(nn.Module):
         self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D); mask (B, L) bool, True = may be attended to."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, turn: Rotation | None = None) -> Tensor:
+        """x (B, L, D); mask (B, L) bool, True = may be attended to; turn: rotary positions of the L tokens."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         keys = None if mask is None else mask[:, None, None, :]
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=keys)
-        return self.out(merge_heads(y))
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=keys)))
 
 
 class CrossAttention(nn.Module):
@@ -80,3 +83,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(a) * b), with (a, b) = up(x) (Shazeer 2020, arXiv:2002.05202).
+
+    With two thirds of the hidden width it has the parameters of a FeedForward.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = fused(nn.Linear(dim, 2 * hidden), 2)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(a) * b)

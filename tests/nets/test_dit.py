@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sfumato.core.types import Conditioning
-from sfumato.nets.dit import DiT, DiTConfig, patchify, sincos_positions, unpatchify
+from sfumato.nets.dit import DiT, DiTConfig
+from sfumato.nets.dit_block import MODULATIONS, Told
+from sfumato.nets.patches import patchify, rotate, rotation, sincos_positions, unpatchify
 
 TEXT = DiTConfig(width=32, depth=2, heads=2, text_dim=12, pooled_dim=10, num_classes=5, qk_norm=True)
 
@@ -40,11 +42,9 @@ def test_a_fresh_net_is_zero_and_its_blocks_are_the_identity(shared: bool) -> No
     net = DiT(replace(TEXT, shared_modulation=shared))
     x = torch.randn(2, 4, 8, 8)
     assert net(x, torch.rand(2), conditioning()).abs().max() == 0
-    tokens, signal = torch.randn(2, 16, 32), torch.randn(2, 32)
-    if net.shared is not None:
-        signal = net.shared(signal)
+    tokens, parts = torch.randn(2, 16, 32), net.modulations(torch.randn(2, 2, 32))
     kv = net.blocks[0].cross.project(torch.randn(2, 4, 12))
-    assert torch.equal(net.blocks[0](tokens, signal, kv, None), tokens)
+    assert torch.equal(net.blocks[0](tokens, parts[0], kv, Told(None, None, None)), tokens)
 
 
 def test_published_parameter_counts() -> None:
