@@ -109,7 +109,7 @@ class DiTBlock(nn.Module):
         if c.swiglu:
             self.mlp = SwiGLU(c.width, round(c.width * c.mlp_ratio * 2 / 3))
         else:
-            self.mlp = FeedForward(c.width, int(c.width * c.mlp_ratio), approximate="tanh")
+            self.mlp = FeedForward(c.width, round(c.width * c.mlp_ratio), approximate="tanh")
         own, rows = self.parts and not c.shared_modulation, self.parts * c.width
         self.modulation = fused(nn.Linear(c.width, rows), self.parts) if own else None
         self.offset = nn.Parameter(torch.zeros(rows)) if c.shared_modulation else None
