@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights, write_safetensors
 from sfumato.checkpoints.layouts import LAYOUTS
-from sfumato.checkpoints.layouts.layout import Layout, Part, Settings
+from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 
-__all__ = ["INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
@@ -76,7 +76,9 @@ def read_foreign(
     elif (path / CONFIG).is_file():
         found = _read_folder(path, layout, config or {})
     elif path.is_dir():
-        raise ValueError(f"{path} has no system.json, {INDEX} or {CONFIG}; give a system, a model or a weights file")
+        raise ValueError(
+            f"{path} has no system.json, {INDEX} or {CONFIG}; give a system, a model or a weights file"
+        )
     else:
         state, given = _unwrapped(path)
         found = _read_state(state, layout, given | dict(config or {}), path)
@@ -88,7 +90,12 @@ def read_foreign(
 
 
 def write_part(
-    net: nn.Module, path: str | Path, layout: str, *, extra: Settings | None = None, dtype: torch.dtype | None = None
+    net: nn.Module,
+    path: str | Path,
+    layout: str,
+    *,
+    extra: Settings | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Settings:
     """Write one net as a file, or as a folder with config.json where the layout is a diffusers class.
 
@@ -113,12 +120,17 @@ def write_part(
         (path / CONFIG).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
         path = path / f"{WEIGHTS[0]}.safetensors"
     if path.suffix == ".pt":
-        kept = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous() for k, v in state.items()}
+        kept = {
+            k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+            for k, v in state.items()
+        }
         torch.save(kept, path)
     elif path.suffix == ".safetensors":
         write_safetensors(path, state, dtype)
     else:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: .pt, .safetensors")
+        raise ValueError(
+            f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: .pt, .safetensors"
+        )
     return settings
 
 
@@ -213,7 +225,9 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     for part in kind.parts:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
         own = {part.renamed(n): v for n, v in own.items()}
-        net, settings = _read_part(part, own, config if part.name == "net" or len(kind.parts) == 1 else {}, path)
+        net, settings = _read_part(
+            part, own, config if part.name == "net" or len(kind.parts) == 1 else {}, path
+        )
         found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
     return found
 
@@ -225,6 +239,7 @@ def _read_part(
     try:
         settings = part.settings(shapes, given)
         config = part.config(settings)
+        net = parameter_free(part.build, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     constants = part.constants(settings)
@@ -234,9 +249,10 @@ def _read_part(
             found.shape != expected.shape
             or not (found.is_meta or torch.allclose(found.float(), expected, rtol=0, atol=TOLERANCE))
         ):
-            raise ValueError(f"{path}: {name!r} is not the fixed table that this layout has there; it was trained")
+            raise ValueError(
+                f"{path}: {name!r} is not the fixed table that this layout has there; it was trained"
+            )
     rest = {name: v for name, v in state.items() if name not in constants}
-    net = parameter_free(part.build, config)
     assign(net, part.names(config).load(rest, where=str(path)), where=str(path))
     return net, settings
 
@@ -247,6 +263,6 @@ def _recognized(state: Mapping[str, Tensor], path: Path) -> str:
         if kind.fits(shapes):
             return name
     first = ", ".join(map(repr, list(state)[:2])) or "none"
-    raise ValueError(f"{path}: its tensors ({first}, ...) are of no known layout; allowed: {', '.join(LAYOUTS)}")
-
-
+    raise ValueError(
+        f"{path}: its tensors ({first}, ...) are of no known layout; allowed: {', '.join(LAYOUTS)}"
+    )

@@ -107,14 +107,14 @@ def squeezed(*axes: int) -> Op:
 
 
 def flattened(*shape: int) -> Op:
-    """Trailing axes of this shape in the file that are one axis of ours: the kernel of a patch convolution."""
+    """Trailing axes of this shape in the file that are one axis of ours: a kernel of patches."""
 
     def load(v: Tensor) -> Tensor:
         if tuple(v.shape[-len(shape) :]) != shape:
             raise ValueError(f"its last axes are not {shape}")
         return v.flatten(-len(shape))
 
-    return _each(load, lambda v: v.unflatten(-1, shape), SAME)
+    return _each(load, lambda v: v.reshape(*v.shape[:-1], *shape), SAME)
 
 
 def copied(times: int) -> Op:
@@ -274,9 +274,8 @@ def _mapped(
             named = list(zip(sources, tensors, strict=True))
             held = ", ".join(f"{name!r} {tuple(v.shape)}" for name, v in named[:SHOWN])
             more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-            raise ValueError(
-                f"{where}: {held}{more} cannot become {', '.join(map(repr, targets))}: {str(error).splitlines()[0]}"
-            ) from None
+            reason, made = str(error).splitlines()[0], ", ".join(map(repr, targets))
+            raise ValueError(f"{where}: {held}{more} cannot become {made}: {reason}") from None
     return result
 
 

@@ -48,10 +48,16 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
     sampler = _known("scheduler class", SAMPLERS, kind)
     table = config.get("trained_betas")
     schedule = Discrete(
-        formula="betas" if table else _known("beta_schedule", FORMULAS, config.get("beta_schedule", "linear")),
+        formula="betas"
+        if table
+        else _known("beta_schedule", FORMULAS, config.get("beta_schedule", "linear")),
         steps=int(config.get("num_train_timesteps", 1000)),
-        start=None if table or config.get("beta_schedule") == "squaredcos_cap_v2" else config.get("beta_start", 1e-4),
-        end=None if table or config.get("beta_schedule") == "squaredcos_cap_v2" else config.get("beta_end", 0.02),
+        start=None
+        if table or config.get("beta_schedule") == "squaredcos_cap_v2"
+        else config.get("beta_start", 1e-4),
+        end=None
+        if table or config.get("beta_schedule") == "squaredcos_cap_v2"
+        else config.get("beta_end", 0.02),
         values=tuple(table or ()),
         zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
     )
@@ -85,7 +91,9 @@ def ddim_config(stage: StageConfig) -> dict[str, object]:
     formulas = {ours: theirs for theirs, ours in FORMULAS.items()}
     if not isinstance(schedule, Discrete) or schedule.rescale_timesteps:
         raise ValueError(f"diffusers' DDIM has no schedule {schedule.kind!r}; save it as a sfumato system")
-    formula = {"betas": "trained_betas"}.get(schedule.formula) or _known("formula", formulas, schedule.formula)
+    formula = {"betas": "trained_betas"}.get(schedule.formula) or _known(
+        "formula", formulas, schedule.formula
+    )
     options = stage.defaults
     leading = options.spacing == "leading"
     start, end = (schedule.start, schedule.end) if schedule.start is not None else _ends(schedule)

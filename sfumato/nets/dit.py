@@ -22,7 +22,7 @@ TIME_FEATURES = 256  # width of the sinusoids of t, as published
 class DiT(nn.Module):
     """Scalable diffusion transformer (Peebles & Xie 2023, arXiv:2212.09748), any size and aspect.
 
-    A fresh net is zero everywhere, for the last layer starts at zero; adaLN-Zero blocks start as the identity.
+    A fresh net is zero everywhere: its last layer starts at zero. adaLN-Zero blocks start as the identity.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -68,7 +68,9 @@ class DiT(nn.Module):
         if self.label is None:
             parts = [time]
         else:
-            if cond.label is None or cond.label.device.type == "cpu":  # elsewhere a look would stall the device
+            if (
+                cond.label is None or cond.label.device.type == "cpu"
+            ):  # elsewhere a look would stall the device
                 self._check_label(cond)
             parts = [time, self.label(_need(cond.label, "label"))]
         if self.pooled is not None:
@@ -86,9 +88,7 @@ class DiT(nn.Module):
         to_blocks = signal if self.shared is None else self.shared(signal)
         return [*(block.modulated_by(to_blocks) for block in self._blocks()), self.modulation(signal)]
 
-    def transform(
-        self, x: Tensor, cond: Conditioning, signals: Tensor, modulations: list[Tensor]
-    ) -> Tensor:
+    def transform(self, x: Tensor, cond: Conditioning, signals: Tensor, modulations: list[Tensor]) -> Tensor:
         """The net, given what it needs of time and class; see `forward`."""
         c = self.config
         grid = self._grid(x)

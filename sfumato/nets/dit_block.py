@@ -67,7 +67,9 @@ class DiTConfig:
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
         if self.rope and self.width // self.heads % 4:
-            raise ValueError(f"rope turns {self.width // self.heads} channels per head: make it a multiple of 4")
+            raise ValueError(
+                f"rope turns {self.width // self.heads} channels per head: make it a multiple of 4"
+            )
         if self.shared_modulation and not MODULATIONS[self.block]:
             raise ValueError(f"block {self.block!r} has no modulation to share; use adaln_zero or adaln")
 

@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor | None = None, turn: Rotation | None = None) -> Tensor:
-        """x (B, L, D); mask (B, L) bool, True = may be attended to; turn: rotary positions of the L tokens."""
+        """x (B, L, D); mask (B, L) bool, True = may be attended to; turn: rotary positions."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:

@@ -10,8 +10,8 @@ import torch
 
 from sfumato.core.types import Conditioning
 from sfumato.nets.dit import DiT, DiTConfig
-from sfumato.nets.dit_block import MODULATIONS, Told
-from sfumato.nets.patches import patchify, rotate, rotation, sincos_positions, unpatchify
+from sfumato.nets.dit_block import Told
+from sfumato.nets.patches import patchify, sincos_positions, unpatchify
 
 TEXT = DiTConfig(width=32, depth=2, heads=2, text_dim=12, pooled_dim=10, num_classes=5, qk_norm=True)
 

@@ -90,9 +90,7 @@ def _names(c: AutoencoderConfig, d: Dialect) -> KeyMap:
     return KeyMap.of(blocks, ("loss.", "model_ema."))  # what latent diffusion trains beside it
 
 
-def _levels(
-    c: AutoencoderConfig, d: Dialect, side: int, name: str
-) -> list[tuple[str, str, LeafTable]]:
+def _levels(c: AutoencoderConfig, d: Dialect, side: int, name: str) -> list[tuple[str, str, LeafTable]]:
     """The levels of the encoder (side 0) or decoder (1)."""
     rows: list[tuple[str, str, LeafTable]] = []
     last = len(c.mults) - 1
@@ -102,9 +100,7 @@ def _levels(
         theirs = f"{name}.{d.levels[side].format(level if d.finest_first else place)}"
         ours, at, attend = f"{name}.levels.{place}", 0, level in c.attention_levels
         for i in range(c.blocks + side):
-            rows.append(
-                (f"{theirs}.{d.block.format(i)}", f"{ours}.{at}", _block(d, width != c.mults[level]))
-            )
+            rows.append((f"{theirs}.{d.block.format(i)}", f"{ours}.{at}", _block(d, width != c.mults[level])))
             width, at = c.mults[level], at + 1
             if attend:
                 rows.append((f"{theirs}.{d.attention.format(i)}", f"{ours}.{at}", d.attends))
@@ -115,7 +111,7 @@ def _levels(
 
 
 def _block(d: Dialect, skip: bool) -> LeafTable:
-    plain = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
+    plain: LeafTable = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
     return {**plain, d.skip: "skip"} if skip else {**plain}
 
 
@@ -162,8 +158,8 @@ def _config(settings: Settings) -> AutoencoderConfig:
 
 
 _ARGUMENTS = (
-    "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels "
-    "use_quant_conv use_post_quant_conv mid_block_add_attention"
+    "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block "
+    "latent_channels use_quant_conv use_post_quant_conv mid_block_add_attention norm_num_groups"
 )
 OURS = "(config)"  # where settings carry what the tensors say of a first stage, in our words
 
@@ -212,7 +208,6 @@ def _diffusers_published(c: AutoencoderConfig, extra: Settings) -> dict[str, obj
 
 
 FREE: dict[str, object] = {
-    "norm_num_groups": 32,
     "act_fn": "silu",
     "sample_size": 32,
     "scaling_factor": 0.18215,
@@ -222,7 +217,12 @@ FREE: dict[str, object] = {
     "force_upcast": True,
 }
 """Arguments of AutoencoderKL that its tensors do not tell."""
-OLD_ATTENTION = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+OLD_ATTENTION = (
+    (".query.", ".to_q."),
+    (".key.", ".to_k."),
+    (".value.", ".to_v."),
+    (".proj_attn.", ".to_out.0."),
+)
 LAYOUTS("vae-diffusers")(
     Layout(
         (
@@ -263,7 +263,7 @@ def _compvis_published(c: AutoencoderConfig, extra: Settings) -> dict[str, objec
     assert isinstance(resolution, int)
     if c.patch != 1 or not c.quant_conv or c.norm_groups != 32:
         raise ValueError(
-            f"latent diffusion's class computes no first stage with patch {c.patch}, quant_conv {c.quant_conv} "
+            f"latent diffusion has no first stage with patch {c.patch}, quant_conv {c.quant_conv} "
             f"and {c.norm_groups} norm groups; save it as a sfumato system"
         )
     return {

@@ -157,7 +157,7 @@ def _published(config: DiTConfig, extra: Settings, outputs: int) -> dict[str, ob
     _same(config, plain, "the original's class")
     if outputs not in (config.in_channels, 2 * config.in_channels) or config.num_classes is None:
         raise ValueError(
-            f"a DiT of {config.in_channels} to {config.out_channels} channels and {config.num_classes} classes "
+            f"a DiT of {config.in_channels} to {config.out_channels} channels, {config.num_classes} classes "
             "cannot be written so: the original has classes, and as many channels out as in or twice as many"
         )
     return {
@@ -203,7 +203,12 @@ SIT = replace(
     config=_sit_config,
     published=lambda config, extra: _published(config, extra, config.out_channels + config.spare_channels),
 )
-_MARKS = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.adaLN_modulation.1.weight", "pos_embed")
+_MARKS = (
+    "x_embedder.proj.weight",
+    "t_embedder.mlp.0.weight",
+    "blocks.0.adaLN_modulation.1.weight",
+    "pos_embed",
+)
 LAYOUTS("dit")(Layout((ORIGINAL,), _MARKS))
 LAYOUTS("sit")(Layout((SIT,), _MARKS))
 
@@ -332,6 +337,8 @@ DIFFUSERS = Part(
 )
 LAYOUTS("dit-diffusers")(
     Layout(
-        (DIFFUSERS,), ("pos_embed.proj.weight", f"transformer_blocks.0.{_LABEL}.weight"), "DiTTransformer2DModel"
+        (DIFFUSERS,),
+        ("pos_embed.proj.weight", f"transformer_blocks.0.{_LABEL}.weight"),
+        "DiTTransformer2DModel",
     )
 )

@@ -45,7 +45,9 @@ def flow_sde(
     """
     now, after = check_descends(run.grid, i, "flow_sde")
     if scale < 0 or solver not in ("euler", "heun"):
-        raise ValueError(f"flow_sde with scale {scale:g}, solver {solver!r}; allowed: scale >= 0, euler or heun")
+        raise ValueError(
+            f"flow_sde with scale {scale:g}, solver {solver!r}; allowed: scale >= 0, euler or heun"
+        )
     length, w = now.tau - after.tau, scale * _amount(diffusion, now.tau)
     spread = math.sqrt(2 * w * length)
     z = x / (now.alpha + now.sigma)
@@ -78,7 +80,11 @@ def _amount(diffusion: str, s: float) -> float:
     if diffusion == "bump":
         return math.sin(math.pi * s) ** 2
     if diffusion != "sbdm":
-        raise ValueError(f"flow_sde diffusion {diffusion!r}; allowed: sigma, constant, sbdm, decreasing, bump")
+        raise ValueError(
+            f"flow_sde diffusion {diffusion!r}; allowed: sigma, constant, sbdm, decreasing, bump"
+        )
     if s >= 1:
-        raise ValueError("flow_sde diffusion 'sbdm' is infinite at pure noise; use 'sigma', or a schedule with end < 1")
+        raise ValueError(
+            "flow_sde diffusion 'sbdm' is infinite at pure noise; use 'sigma', or a schedule with end < 1"
+        )
     return s / (1 - s)
