@@ -61,8 +61,8 @@ def folder(tmp_path: Path, **config: object) -> Path:
             for i in range(3):
                 state[f"transformer_blocks.{i}.norm1.emb.{where}{which}{key.split('.')[-1]}"] = value.clone()
         elif "qkv" in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                state[key.replace("attn.qkv", f"attn1.to_{name}")] = part.contiguous()
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                state[key.replace("attn.qkv", f"attn1.to_{letter}")] = part.contiguous()
         elif key != "pos_embed":
             renames = {
                 "attn.proj": "attn1.to_out.0",
