@@ -133,7 +133,7 @@ def _pipeline(system: System) -> Publication:
         {
             "_class_name": "DiTPipeline",
             "scheduler": ["diffusers", "DDIMScheduler"],
-            "id2label": {str(i): name for i, name in enumerate(names)} or None,
+            **({"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}),
         },
         {"scheduler/scheduler_config.json": ddim_config(stage)},
     )

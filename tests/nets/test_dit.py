@@ -103,7 +103,7 @@ def test_every_option_with_every_design_trains_all_of_its_parameters(option: str
         with pytest.raises(ValueError, match=f"block '{block}' has no modulation to share; use adaln_zero"):
             replace(TEXT, block=block, shared_modulation=True)
         return
-    net = awake(replace(TEXT, qk_norm=False, block=block, **{option: OPTIONS[option]}))
+    net = awake(replace(TEXT, **{"qk_norm": False, "block": block, option: OPTIONS[option]}))
     net(torch.randn(2, 4, 6, 8), torch.rand(2), conditioning()).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 

@@ -1,4 +1,4 @@
-"""The DiT of the paper in its sizes, with 1000 classes and learned variance: DITS["dit-xl-2"]() is a DiTConfig.
+"""The DiT of the paper in its sizes, 1000 classes, learned variance: DITS["dit-xl-2"]() is a DiTConfig.
 
 Peebles & Xie 2023 (arXiv:2212.09748), table 1. Multiply-adds are those of a 256-pixel picture, a latent of
 32x32.

@@ -207,8 +207,13 @@ def pipeline(tmp_path: Path) -> Path:
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     labels = {i: f"class {i}" for i in range(7)}
-    diffusers.DiTPipeline(transformer, vae, scheduler, id2label=labels).save_pretrained(tmp_path / "p")
-    return tmp_path / "p"
+    path = tmp_path / "p"
+    diffusers.DiTPipeline(transformer, vae, scheduler).save_pretrained(path)
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(
+        json.dumps(index | {"id2label": labels})
+    )  # as published ones have it
+    return path
 
 
 def drawn(path: Path, seeds: list[int], labels: list[int], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
