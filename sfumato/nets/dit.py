@@ -14,9 +14,10 @@ from sfumato.nets.dit_block import MODULATIONS, DiTBlock, DiTConfig, Told, modul
 from sfumato.nets.patches import patchify, rotation, sincos_positions, unpatchify
 from sfumato.nets.tags import fused, tagged
 
-__all__ = ["DiT", "DiTConfig"]
+__all__ = ["DiT", "DiTConfig", "PlannedDiT"]
 
 TIME_FEATURES = 256  # width of the sinusoids of t, as published
+CHUNK = 16  # steps whose modulations are computed together: most of the gain, little memory
 
 
 class DiT(nn.Module):
@@ -88,6 +89,10 @@ class DiT(nn.Module):
         to_blocks = signal if self.shared is None else self.shared(signal)
         return [*(block.modulated_by(to_blocks) for block in self._blocks()), self.modulation(signal)]
 
+    def plan(self, times: Tensor) -> DiT | PlannedDiT:
+        """The net for a walk over these times (n,), itself if there is no modulation to save."""
+        return self if self.modulation is None or self.shared is not None else PlannedDiT(self, times)
+
     def transform(self, x: Tensor, cond: Conditioning, signals: Tensor, modulations: list[Tensor]) -> Tensor:
         """The net, given what it needs of time and class; see `forward`."""
         c = self.config
@@ -151,6 +156,48 @@ class DiT(nn.Module):
 
     def _blocks(self) -> list[DiTBlock]:
         return [block for block in self.blocks if isinstance(block, DiTBlock)]
+
+
+class PlannedDiT:
+    """A DiT on one walk: the modulations of several steps are computed in one batch.
+
+    They depend on time and class alone and hold a third of the weights, which are so read once per CHUNK
+    steps instead of once per step. At other times than the planned ones it is the net itself.
+    """
+
+    def __init__(self, net: DiT, times: Tensor) -> None:
+        self.net, self.times = net, times.detach().float().cpu()
+        self._place = {t: i for i, t in enumerate(self.times.tolist())}
+        self._done: list[tuple[Conditioning, int, Tensor, list[Tensor]]] = []
+
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        """As of the net."""
+        return self.net.prepare(cond)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """As of the net; x (B, C, H, W), t (B,)."""
+        place = self._place.get(float(t[0]))
+        if place is None or not bool((t == t[0]).all()):
+            out: Tensor = self.net(x, t, cond)
+            return out
+        signals, modulations = self._chunk(place // CHUNK, cond, len(x))
+        row = place % CHUNK
+        return self.net.transform(x, cond, signals[row], [m[row] for m in modulations])
+
+    def _chunk(self, index: int, cond: Conditioning, batch: int) -> tuple[Tensor, list[Tensor]]:
+        """Signals (n, B, 1 or 2, D) and modulations (n, B, parts * D) of a chunk of steps."""
+        for known, chunk, signals, modulations in self._done:
+            if known is cond and chunk == index:
+                return signals, modulations
+        times = self.times[index * CHUNK : (index + 1) * CHUNK].to(self.net.out.weight.device)
+        many = Conditioning(
+            label=None if cond.label is None else cond.label.repeat(len(times)),
+            pooled=None if cond.pooled is None else cond.pooled.repeat(len(times), 1),
+        )
+        signals = self.net.signals(times.repeat_interleave(batch), many)
+        modulations = [m.unflatten(0, (len(times), batch)) for m in self.net.modulations(signals)]
+        self._done = [*self._done[-1:], (cond, index, signals.unflatten(0, (len(times), batch)), modulations)]
+        return self._done[-1][2:]
 
 
 def _need(value: Tensor | None, name: str) -> Tensor:

@@ -237,3 +237,35 @@ def test_positions_put_the_column_first() -> None:
     assert table[1, 0].item() == pytest.approx(math.sin(1.0))  # row 0, column 1
     assert table[3, 4].item() == pytest.approx(math.sin(1.0))  # row 1, column 0
     assert table[3, 0] == 0
+
+
+@pytest.mark.parametrize(
+    "config", [TEXT, replace(TEXT, num_classes=None, registers=2), replace(TEXT, block="adaln")]
+)
+def test_a_planned_walk_is_the_net_itself(config: DiTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To rounding, at planned times and others; and the time embedding runs once per chunk of steps."""
+    net, cond = awake(config), conditioning()
+    cond = net.prepare(cond if config.num_classes else replace(cond, label=None))
+    times = torch.linspace(999, 0, 40, dtype=torch.float64)
+    plan, x = net.plan(times), torch.randn(2, 4, 8, 8)
+    calls: list[int] = []
+    signals = net.signals
+    monkeypatch.setattr(net, "signals", lambda t, c: calls.append(len(t)) or signals(t, c))
+    for time in times[[0, 1, 17, 39]].float():
+        expected = net(x, time.expand(2), cond)
+        calls.clear()
+        torch.testing.assert_close(plan(x, time.expand(2), cond), expected)
+        torch.testing.assert_close(plan(x, time.expand(2), cond), expected)
+        assert calls in ([32], [], [16])
+    calls.clear()
+    mixed = torch.stack([times[3], times[5]]).float()
+    torch.testing.assert_close(plan(x, mixed, cond), net(x, mixed, cond))
+    between = torch.full((2,), 500.5)
+    torch.testing.assert_close(plan(x, between, cond), net(x, between, cond))
+    assert calls == [2, 2, 2, 2]
+    other = replace(cond, pooled=cond.pooled + 1)
+    torch.testing.assert_close(
+        plan(x, times[:1].float().expand(2), other), net(x, times[:1].float().expand(2), other)
+    )
+    shared = DiT(replace(config, shared_modulation=True))
+    assert shared.plan(times) is shared
