@@ -3,7 +3,8 @@
 # PYTHON      interpreter that .venv is made from (found if not given; 3.11 or newer)
 # PIP_ARGS    added to every pip install
 # TORCH_ARGS  added to the install of torch alone, e.g. to choose its CPU build (CONTRIBUTING.md, "Which torch")
-# ARGS        added to `sfumato generate` (make generate) and to pytest (make test, make test-slow)
+# ARGS        added to `sfumato generate` (make generate), to pytest (make test, make test-slow), and to the
+#             benchmark (make bench-train)
 # WORKERS     processes that pytest uses
 
 PYTHON ?=
@@ -27,7 +28,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DELETE_ON_ERROR:
-.PHONY: help generate test test-slow lint format clean
+.PHONY: help generate test test-slow bench-train lint format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ test: lint  ## ruff, mypy and the fast tests
 
 test-slow: $(VENV)/.installed-dev  ## the tests that take minutes
 	$(PYTEST) -q -n $(WORKERS) -m slow $(ARGS)
+
+bench-train: $(VENV)/.installed-dev  ## speed and memory of training beside others, on a quiet machine
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy, nothing changed
 	$(BIN)/ruff check

@@ -37,7 +37,9 @@ LEFTOVER = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 SOURCES = {
-    path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for folder in (PACKAGE, ROOT / "benchmarks")
+    for path in sorted(folder.rglob("*.py"))
 }
 TESTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")

@@ -131,6 +131,8 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _report(error: Exception) -> int:
+    if getattr(error, "told", False):  # by another process of the same run
+        return USAGE
     if os.environ.get("SFUMATO_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

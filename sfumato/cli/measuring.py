@@ -16,10 +16,13 @@ from sfumato.cli.output import check_writable
 from sfumato.cli.parsing import parse
 from sfumato.core.config import to_json
 from sfumato.core.registry import unknown
+from sfumato.core.world import joined
 from sfumato.evaluation.openmoji import Protocol
 from sfumato.evaluation.openmoji import evaluate as measure
 
 __all__ = ["evaluate"]
+
+WAIT = 600.0  # seconds that processes wait for each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +61,18 @@ def openmoji(args: list[str]) -> int:
     flags = parse(OpenMoji, "evaluate openmoji", args)
     if flags.sheet is not None:
         check_writable(flags.sheet)
-    system = load(flags.system, device=flags.device)
-    with _progress() as told:
-        result = measure(system, flags.directory, protocol=flags.protocol, sheet=flags.sheet, progress=told)
-    print(json.dumps(to_json(result), indent=1) if flags.json else "\n".join(result.lines()))
+    with joined(flags.device, seconds=WAIT) as world, _progress() as told:
+        system = world.agree(lambda: load(flags.system, device=world.device(flags.device)))
+        result = measure(
+            system,
+            flags.directory,
+            protocol=flags.protocol,
+            sheet=flags.sheet,
+            progress=told if world.leads else None,
+            world=world,
+        )
+    if world.leads:
+        print(json.dumps(to_json(result), indent=1) if flags.json else "\n".join(result.lines()))
     return 0
 
 

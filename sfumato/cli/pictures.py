@@ -18,13 +18,16 @@ from sfumato.cli.output import check_writable, paths_for
 from sfumato.cli.parsing import parse, size_of
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from sfumato.cli.drawing import Drawing
+    from sfumato.core.world import World
     from sfumato.systems.system import System
 
 __all__ = ["generate", "reconstruct", "rerun"]
 
+WAIT = 600.0  # seconds that processes wait for each other
 DIFFERENT = 1  # exit code of a rerun that did not give the same file
 
 
@@ -101,8 +104,16 @@ class Reconstruct:
 
 
 def generate(args: list[str]) -> int:
-    """`sfumato generate`."""
+    """`sfumato generate`; the processes that torchrun starts share the pictures."""
     flags = parse(Generate, "generate", args)
+
+    from sfumato.core.world import joined
+
+    with joined(flags.device, seconds=WAIT) as world:
+        return _generate(flags, world)
+
+
+def _generate(flags: Generate, world: World) -> int:
     size = size_of(flags.size)
     if flags.n < 1:
         raise ValueError(f"--n is {flags.n}; allowed: 1 or more pictures")
@@ -112,9 +123,11 @@ def generate(args: list[str]) -> int:
     for path in (*paths, *([sheet] if sheet else [])):
         check_writable(path)
     started = time.perf_counter()
-    system = _load(flags.system, flags.device)
+    system = world.agree(lambda: _load(flags.system, world.device(flags.device)))
     drawings = _drawings(flags, system, size, seeds)
-    images = _draw_all(system, drawings, paths, show=None if flags.json else _print_path)
+    images = _draw_all(system, drawings, paths, world, show=None if flags.json else _print_path)
+    if not world.leads:
+        return 0
     if sheet is not None:
         _write_sheet(sheet, images, system)
     unknown = system.unknown_words(f"{flags.prompt} {flags.negative}")
@@ -180,7 +193,7 @@ def reconstruct(args: list[str]) -> int:
     return 0
 
 
-def _load(path: Path | None, device: str) -> System:
+def _load(path: Path | None, device: str | torch.device) -> System:
     from sfumato.api import load
 
     return load(path, device=device)
@@ -207,21 +220,26 @@ def _drawings(
 
 
 def _draw_all(
-    system: System, drawings: list[Drawing], paths: list[Path], show: Callable[[Path], None] | None
+    system: System,
+    drawings: list[Drawing],
+    paths: list[Path],
+    world: World,
+    show: Callable[[Path], None] | None,
 ) -> list[Image.Image]:
     """Draw and write one picture after the other, so that what is done stays if the rest is interrupted."""
     from sfumato.cli.drawing import encoded
     from sfumato.core.png import write_whole
 
-    images = []
-    with _progress(sum(drawing.steps for drawing in drawings)) as observe:
-        for drawing, path in zip(drawings, paths, strict=True):
-            image = drawing.draw(system, observe)
-            write_whole(path, encoded(image, drawing, system))
+    images, mine = [], world.share(len(drawings))
+    with _progress(sum(drawings[i].steps for i in mine)) as observe:
+        for i in mine:
+            image = drawings[i].draw(system, observe)
+            write_whole(paths[i], encoded(image, drawings[i], system))
             images.append(image)
             if show is not None:
-                show(path)
-    return images
+                show(paths[i])
+    world.meet()
+    return world.together(images, len(drawings))
 
 
 def _compare_systems(path: Path, then: object, now: System) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -43,10 +44,14 @@ def train(args: list[str]) -> int:
         print("\n".join([usage, "", *rows, "", "All settings of one: sfumato train RECIPE --help"]))
         return 0
     flags = parse(Flags, f"train {args[0]}", args[1:], default=Flags(recipe=RECIPES[args[0]]()))
-    logging.basicConfig(level=logging.INFO, format="sfumato: %(message)s")
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one does the talking
+    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="sfumato: %(message)s")
     try:
-        print(run(flags.recipe, force=flags.force))
+        system = run(flags.recipe, force=flags.force)
+        if leads:
+            print(system)
     except Stopped as stopped:
-        print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
+        if leads:
+            print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED if stopped.signum == signal.SIGINT else RESUMABLE
     return 0

@@ -144,3 +144,14 @@ class Inputs:
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     image_embed: Tensor | None = None
     latent: Tensor | None = None
+
+    def rows(self, chosen: Sequence[int]) -> Inputs:
+        """The same for some of the pictures."""
+        cut: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                cut[one.name] = value[list(chosen)]
+            elif isinstance(value, list | tuple) and one.name != "size":
+                cut[one.name] = [value[i] for i in chosen]
+        return replace(self, n=len(chosen), **cut)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.core.image import from_pil, grid, to_float
 from sfumato.core.png import save_png
+from sfumato.core.world import ALONE, World
 from sfumato.data.compositions import without_skin_tone
 from sfumato.data.datasets import ImageFolder
 from sfumato.data.openmoji import render
@@ -154,6 +155,7 @@ def evaluate(
     protocol: Protocol | None = None,
     sheet: str | Path | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> OpenMojiResult:
     """Measure a text-to-image system on OpenMoji.
 
@@ -165,6 +167,7 @@ def evaluate(
         data: folder that `sfumato data openmoji` wrote; None = rendered once into the user's cache.
         sheet: PNG file for a grid of PROMPTS.
         progress: told after every batch.
+        world: processes that share the pictures; all get the result, and the first writes the sheet.
 
     Raises: ValueError in one line if the folder is no OpenMoji rendering or the system makes no pictures.
     """
@@ -174,8 +177,8 @@ def evaluate(
     if stage is None or stage.pixels is None:
         raise ValueError("this system makes no pictures, so it cannot be evaluated on OpenMoji")
     size = stage.pixels[0]
-    folder = ImageFolder(_rendered(data, size, tell), transform=CenterCrop(size))
-    maker = _Maker(system, stage, protocol, tell)
+    folder = ImageFolder(world.lead(lambda: _rendered(data, size, tell)), transform=CenterCrop(size))
+    maker = _Maker(system, stage, protocol, tell, world)
     training, held = _rows_of(folder, "train"), _rows_of(folder, "held_out")
     references = _survey(stage, folder, tell)
     bare = set(without_skin_tone([folder.texts[i] for i in training]))
@@ -189,7 +192,8 @@ def evaluate(
         for kind, rows in kinds.items()
     }
     if sheet is not None:
-        save_png(sheet, grid(maker.pictures(PROMPTS, "prompts"), columns=8), text=system.about.notice)
+        shown = grid(maker.pictures(PROMPTS, "prompts"), columns=8)
+        world.lead(lambda: save_png(sheet, shown, text=system.about.notice))
     return OpenMojiResult(
         protocol=protocol,
         system=system.fingerprint,
@@ -215,6 +219,7 @@ class _Maker:
     stage: Stage
     protocol: Protocol
     tell: Progress
+    world: World
 
     def pictures(self, text: Sequence[str], what: str) -> Tensor:
         """(n, 3, H, W) uint8; picture i has seed i."""
@@ -227,6 +232,7 @@ class _Maker:
                 steps=p.steps,
                 guidance=p.guidance,
                 sampler=p.sampler,
+                world=self.world,
             )
             made += [from_pil(image) for image in images]
             self.tell(what, len(made), len(text))

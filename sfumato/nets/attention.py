@@ -78,6 +78,8 @@ class Attention(nn.Module):
         bias: whether query, key and value have one.
     """
 
+    entrances = ("keys_values",)  # called from outside its block, see `tags.entrances_of`
+
     def __init__(
         self,
         dim: int,

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-__all__ = ["Role", "fused", "parts_of", "role_of_layer", "tagged"]
+__all__ = ["Role", "entrances_of", "fused", "parts_of", "role_of_layer", "tagged"]
 
 Role = Literal["matrix", "edge", "embedding", "vector"]
 """Hidden weight, weight at the border of a net, table of vectors, bias or gain."""
@@ -31,6 +31,15 @@ def role_of_layer(layer: nn.Module) -> Role | None:
     """The role it was marked with."""
     role: Role | None = getattr(layer, ROLE, None)
     return role
+
+
+def entrances_of(layer: nn.Module) -> tuple[str, ...]:
+    """Methods beside `forward` by which a layer is entered while its block is not: its weights are needed.
+
+    They matter where weights are gathered block by block; a class names them in `entrances`.
+    """
+    names: tuple[str, ...] = getattr(layer, "entrances", ())
+    return names
 
 
 def parts_of(layer: nn.Module) -> int:

@@ -51,6 +51,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from x, keys and values from a context whose projection can be computed once per walk."""
 
+    entrances = ("project",)  # called from outside its block, see `tags.entrances_of`
+
     def __init__(self, dim: int, context_dim: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sfumato.checkpoints.native import MANIFEST, Folder, Parts, read_folder, strict_json, write_folder
 from sfumato.core.config import to_json
@@ -17,6 +16,7 @@ from sfumato.core.image import center_crop, from_pil, to_float, to_pil, to_uint8
 from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
+from sfumato.core.world import ALONE, World
 from sfumato.systems.config import About, SystemConfig, TokenTextConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
@@ -91,6 +91,7 @@ class System:
         seed: int = 0,
         batch: int = 8,
         observe: Observer | None = None,
+        world: World = ALONE,
         **request: Unpack[Request],
     ) -> list[Image.Image]:
         """Pictures for prompts.
@@ -100,6 +101,7 @@ class System:
             seed: picture i of the result depends on seed + i alone, in whatever company it is made.
             batch: pictures computed together; limits the memory.
             observe: called after every step of every batch; raises Cancelled to stop.
+            world: processes that share the pictures; each of them gets all.
             request: see Request.
 
         Returns: one Pillow image per prompt and `n`, prompt by prompt.
@@ -111,13 +113,15 @@ class System:
         inputs = inputs_for(text, request, self.size)
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
-        for rows in _chunks(inputs.n, batch):
-            part = _rows(inputs, rows)
-            done = self.run(part, options, only=request.get("only"), seed=seeds[rows], observe=observe)
+        mine = world.share(inputs.n)
+        for start in range(0, len(mine), batch):
+            rows = mine[start : start + batch]
+            own = [seeds[i] for i in rows]
+            done = self.run(inputs.rows(rows), options, only=request.get("only"), seed=own, observe=observe)
             if done.low_res is None:
                 raise ValueError("the stages that ran make no picture; run one that does, or use System.run")
             images += [to_pil(image) for image in to_uint8(done.low_res.cpu())]
-        return images
+        return world.together(images, inputs.n)
 
     def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:
         """The options of every stage that a request would run, with nothing left to defaults."""
@@ -203,16 +207,3 @@ def save_system(system: System, path: str | Path, *, dtype: torch.dtype | None =
     card = system.card or f"# {system.about.name}\n\n{system.about.summary}\n"
     folder = Folder(system.parts, to_json(system.config), to_json(system.about), card)
     return write_folder(path, folder, dtype=dtype)
-
-
-def _chunks(n: int, batch: int) -> Iterator[slice]:
-    for start in range(0, n, batch):
-        yield slice(start, min(start + batch, n))
-
-
-def _rows(inputs: Inputs, rows: slice) -> Inputs:
-    """The same request for some of its pictures."""
-    perpicture: dict[str, Any] = {
-        f.name: v for f in fields(inputs) if isinstance(v := getattr(inputs, f.name), Tensor | list)
-    }
-    return replace(inputs, n=rows.stop - rows.start, **{name: v[rows] for name, v in perpicture.items()})

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from sfumato.training.shards import load_into
 from sfumato.training.task import Task
 
 __all__ = ["mismatches", "restore"]
@@ -34,7 +35,7 @@ def restore(
             "choose another --out, or the settings that it was made with"
         )
     for name, module in task.modules.items():
-        module.load_state_dict(state["modules"][name])
+        load_into(module, state["modules"][name])
     _load("the averages", average, state["average"])
     for kind, parts in (("memories", task.memories), ("optimizers", optimizers)):
         for name, part in parts.items():

@@ -26,6 +26,7 @@ __all__ = [
     "PictureBatches",
     "check_captions",
     "check_labels",
+    "on_device",
     "open_folder",
     "order_of",
 ]
@@ -88,6 +89,7 @@ class DataConfig:
             the cache of their copies: it must hold a few more shards than these.
         cache: folder of indexes and copies of shards; None = one in the user's cache.
         cache_gb: gigabytes of copies to keep; None = all.
+        ahead: batches that a thread reads while a step is computed; None = as the device makes it useful.
     """
 
     path: Path = Path("data")
@@ -101,8 +103,11 @@ class DataConfig:
     mix: int | None = None
     cache: Path | None = None
     cache_gb: float | None = None
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
+        if self.ahead is not None and self.ahead < 0:
+            raise ValueError(f"data.ahead is {self.ahead}; it must be 0 batches or more, or None")
         for name in ("even", "mix"):
             if self.buckets is not None and getattr(self, name) is not None:
                 raise ValueError(f"data.buckets and data.{name} cannot be combined; set one of them to None")
@@ -211,15 +216,22 @@ class PictureBatches:
         """
         samples = self.folder.draw(self.order.take(images, self.size))
         check_damage(self.folder)
-        pictures = to_float(stack(samples)).to(self.device, memory_format=torch.channels_last)
+        pictures = to_float(stack(samples)).contiguous(memory_format=torch.channels_last)
         return Batch(
             text=tuple(sample.text or "" for sample in samples),
             index=torch.tensor([sample.index for sample in samples]),
-            images=pictures,
+            images=on_device(pictures, self.device),
             sizes=torch.tensor([sample.size for sample in samples]),
             crops=torch.tensor([sample.crop for sample in samples]),
             labels=_labels(samples),
         )
+
+
+def on_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows that were made on the CPU on the training device; for CUDA without waiting for the copy."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()  # only from such memory does a copy run beside the computation
+    return rows.to(device, non_blocking=device.type == "cuda")
 
 
 def _labels(samples: list[Sample]) -> Tensor | None:

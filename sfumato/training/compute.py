@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Precision", "autocast", "compile_parts", "has_bfloat16", "recompute"]
+__all__ = ["Precision", "autocast", "blocks_of", "compile_parts", "has_bfloat16", "recompute"]
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -55,7 +55,7 @@ def recompute(modules: Mapping[str, nn.Module]) -> None:
     Blocks are the elements of a net's lists of layers (Chen et al. 2016, arXiv:1604.06174).
     """
     for module in modules.values():
-        for block in _blocks(module):
+        for block in blocks_of(module):
             block.forward = _Recomputed(block.forward)
 
 
@@ -83,10 +83,10 @@ class _Recomputed:
         return result
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """Elements of the outermost lists."""
     for child in module.children():
-        yield from child.children() if isinstance(child, nn.ModuleList) else _blocks(child)
+        yield from child.children() if isinstance(child, nn.ModuleList) else blocks_of(child)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

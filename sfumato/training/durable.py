@@ -11,7 +11,7 @@ from typing import IO
 
 from sfumato.checkpoints.files import sha256
 
-__all__ = ["Entry", "Sink", "fault_of", "sync_folder", "write_file"]
+__all__ = ["Entry", "Sink", "entry_of", "fault_of", "sync_folder", "write_file"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def entry_of(path: Path) -> Entry:
+    """Of a file that another library has written, as it is read back."""
+    return Entry(path.stat().st_size, sha256(path))
 
 
 def fault_of(path: Path, entry: Entry) -> str | None:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sfumato.core.world import local
+from sfumato.training.shards import distribute, gathered, load_into
+
 __all__ = ["Average", "Copies", "PowerAverage", "decay_at", "gamma_of", "sigma_rel_of"]
 
 WIDEST = 12**-0.5  # sigma_rel of gamma 0, the plain mean over the whole run
@@ -59,6 +62,15 @@ class Copies:
         self._sources = dict(modules)
         self.modules = {name: copy.deepcopy(m).requires_grad_(False).eval() for name, m in modules.items()}
 
+    def shard(self) -> None:
+        """Spread the copies over the processes as what they follow has been."""
+        for name, source in self._sources.items():
+            distribute(self.modules[name], source)
+
+    def whole(self) -> dict[str, nn.Module]:
+        """The copies with whole parameters, to compute with; all processes must call."""
+        return {name: gathered(module) for name, module in self.modules.items()}
+
     @torch.no_grad()
     def follow(self, weight: float) -> None:
         """Take in the present weights with a share of `weight`."""
@@ -76,7 +88,7 @@ class Copies:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
+            load_into(module, state["modules"][name])
 
 
 class Average(Copies):
@@ -134,4 +146,4 @@ class PowerAverage(Copies):
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
-    return [p.data for p in module.parameters()]
+    return [local(p.data) for p in module.parameters()]

@@ -80,7 +80,7 @@ def claim(recipe: Recipe, *, force: bool = False) -> bool:
 
 def forget(folder: Path) -> None:
     """Remove what a run wrote, and nothing else; a cache, which is known by what it was made of, stays."""
-    for path in (folder / name for name in RUN_FILES):
+    for path in (*(folder / name for name in RUN_FILES), *folder.glob("skipped-*.json")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sfumato.core.world import local
 from sfumato.training.task import Task
 
 __all__ = ["Fault", "Snapshot", "Watch", "bad_weight", "finite"]
@@ -29,7 +30,7 @@ class Fault:
 
 def finite(*values: Tensor) -> bool:
     """Whether all scalars are finite. The one place where that is decided."""
-    return bool(torch.stack([value.detach().double() for value in values]).isfinite().all())
+    return bool(torch.stack([value.detach().cpu().double() for value in values]).isfinite().all())
 
 
 def bad_weight(modules: Mapping[str, nn.Module]) -> str | None:
@@ -62,15 +63,17 @@ class Watch:
 
     That costs a pass over all activations: it is for a step that is expected to fail.
 
+    Compiled parts run as they are written, or they could not be looked into.
+
     Args:
         modules: whose parts are called by their names; others (frozen nets) by their class.
-        compiled: run compiled parts as they are written, or they could not be looked into.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, compiled: bool = False) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._names = {id(m): n for key, root in modules.items() for n, m in root.named_modules(prefix=key)}
-        self._compiled = compiled
+        parts = (m for root in modules.values() for m in root.modules())
+        self._compiled = any(m._compiled_call_impl is not None for m in parts)
         self._stack = contextlib.ExitStack()
         self.output = self.gradient = ""
 
@@ -111,7 +114,7 @@ class Watch:
 
 
 def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(value.detach().isfinite().all())
+    return not value.is_floating_point() or bool(local(value.detach()).isfinite().all())
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.core.image import to_float
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
+from sfumato.core.world import ALONE, World
 from sfumato.data.datasets import ImageFolder, stack
 from sfumato.data.entries import Entry
 from sfumato.data.order import Draw
@@ -83,9 +84,11 @@ class HeldOut:
         folder: of them alone.
         batch: pictures that go through a network at a time.
         draws: times and noises for each.
+        world: processes that share the batches.
     """
 
-    def __init__(self, folder: ImageFolder, batch: int, draws: int) -> None:
+    def __init__(self, folder: ImageFolder, batch: int, draws: int, world: World = ALONE) -> None:
+        self.world = world
         samples = folder.draw([Draw(i, i, 0) for i in range(len(folder))])
         self.pictures = stack(samples)
         self.text = tuple(sample.text or "" for sample in samples)
@@ -95,9 +98,15 @@ class HeldOut:
         self.draws = draws
 
     def rows(self) -> list[slice]:
-        """The batches, as rows."""
+        """The batches of this process, as rows."""
         n = len(self.text)
-        return [slice(start, min(start + self.batch, n)) for start in range(0, n, self.batch)]
+        rows = [slice(start, min(start + self.batch, n)) for start in range(0, n, self.batch)]
+        return rows[self.world.rank :: self.world.size]
+
+    def pooled(self, values: list[Tensor]) -> Tensor:
+        """What all processes measured, in one tensor (n,) of float64 on the CPU."""
+        own = torch.cat([torch.empty(0, dtype=torch.float64), *(v.double().cpu() for v in values)])
+        return torch.cat(self.world.gather(own))
 
     def images(self, rows: slice, device: torch.device) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sfumato.core.image import contents, to_float
+from sfumato.core.world import ALONE, World
 from sfumato.data.datasets import ImageFolder, Sample, stack
 from sfumato.data.order import Draw
 from sfumato.data.store import ShardError
 from sfumato.nets.autoencoder import Autoencoder
-from sfumato.training.batches import Batch, Draws, check_damage
+from sfumato.training.batches import Batch, Draws, check_damage, on_device
 from sfumato.training.cache import Fields, TensorCache, fingerprint, key_of
 
 __all__ = ["LatentBatches", "Moments", "encode_folder", "statistics"]
@@ -58,7 +59,12 @@ class Moments:
 
 
 def encode_folder(
-    net: Autoencoder, folder: ImageFolder, cache: Path | None = None, *, sizes: Sequence[Size] | None = None
+    net: Autoencoder,
+    folder: ImageFolder,
+    cache: Path | None = None,
+    *,
+    sizes: Sequence[Size] | None = None,
+    world: World = ALONE,
 ) -> Moments:
     """Moments of every picture of a folder, in its order.
 
@@ -71,11 +77,15 @@ def encode_folder(
         folder: its transform must not depend on the draw.
         cache: folder of the cache, see TensorCache; files of it that serve no picture are removed.
         sizes: (height, width) that each picture is cropped to; None = what the transform says.
+        world: processes that share the work, if there is a cache.
 
     Raises: ValueError if more than 1 % of the files are damaged, or the cache cannot be written.
     """
-    encoding = _Encoding(net, folder, TensorCache(cache), sizes)
     count = len(folder)
+    if cache is not None and world.size > 1:
+        mine = _Encoding(net, folder, TensorCache(cache), sizes)
+        world.agree(lambda: mine.run({row: row for row in world.share(count)}))
+    encoding = _Encoding(net, folder, TensorCache(cache), sizes)
     encoding.run({row: row for row in range(count)})
     damaged = [row for row in range(count) if row not in encoding.keys]
     if len(damaged) == count:
@@ -89,7 +99,7 @@ def encode_folder(
     }
     encoding.run(instead)
     keys = tuple(encoding.keys[row] for row in range(count))
-    encoding.cache.prune(keys)
+    world.lead(lambda: encoding.cache.prune(keys))
     index = [instead.get(row, row) for row in range(count)]
     read = [folder.entries[i] for i in index]
     labels = [entry.label for entry in read if entry.label is not None]
@@ -220,7 +230,7 @@ class LatentBatches:
         return Batch(
             text=tuple(self._source.text[row] for row in drawn),
             index=self._source.index[drawn],
-            moments=moments.to(self.device),
+            moments=on_device(moments, self.device),
             sizes=frames[:, :2],
             crops=frames[:, 2:],
             labels=None if self._source.labels is None else self._source.labels[drawn],

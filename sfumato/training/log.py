@@ -19,7 +19,7 @@ from sfumato.training.history import read_log
 from sfumato.training.metrics import summary
 from sfumato.training.trackers import Tracker
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "SilentLog"]
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = {"loss": "loss", "lr": "lr", "grad_norm": "gradient"}  # of each phase, beside the bar
@@ -130,6 +130,20 @@ class RunLog:
             except Exception as error:  # whatever another program raises, the run goes on
                 self.trackers.remove(tracker)
                 LOGGER.warning("tracker %s failed and is left out: %s", type(tracker).__name__, error)
+
+
+class SilentLog(RunLog):
+    """The log of a process that leaves files, trackers and the bar to another one."""
+
+    def __init__(self, path: Path, total: int, every: int, *, quiet: bool = True) -> None:
+        super().__init__(path, total, every, quiet=True)
+
+    def begin(self, images: int, seconds: float) -> None:
+        """Stand at `images`."""
+        self._images, self.seconds, self._clock = images, seconds, time.perf_counter()
+
+    def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
+        pass
 
 
 class Bar(Progress):

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from sfumato.core.world import whole
+from sfumato.training.shards import like
+
 __all__ = ["Muon", "orthogonalize"]
 
 # Quintic whose iteration drives singular values in (0, 1] to about [0.7, 1.2] in five steps (Jordan et al.
@@ -79,7 +82,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p)
         average = state["momentum"].lerp_(grad, 1 - group["momentum"])
         direction = grad.lerp(average, group["momentum"])
-        parts = direction.reshape(self._parts[p], -1, direction[0].numel())  # (parts, rows, columns)
+        full = whole(direction)  # where it is sharded, every process does the work of all
+        parts = full.reshape(self._parts[p], -1, full[0].numel())  # (parts, rows, columns)
         scale = max(1.0, parts.shape[1] / parts.shape[2]) ** 0.5
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(orthogonalize(parts).reshape(p.shape), alpha=-group["lr"] * scale)
+        p.add_(like(p, orthogonalize(parts).reshape(p.shape)), alpha=-group["lr"] * scale)

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.core.registry import Registry
+from sfumato.core.world import whole
 from sfumato.nets.tags import Role, parts_of, role_of_layer
 from sfumato.training.muon import Muon
+from sfumato.training.shards import like
 from sfumato.training.torch_optim import Option, check_options, optimizer_class, takes_decay
 
 __all__ = ["LR_SCHEDULES", "OptimConfig", "PhaseOptimizer", "Trained", "lr_factor", "roles"]
 
 LrSchedule = Callable[["OptimConfig", int, int], float]  # images seen, images of the run
 LR_SCHEDULES: Registry[LrSchedule] = Registry("learning-rate schedule")
+CLIP_EPS = 1e-6  # that torch adds to a norm before it divides by it
 MIN_SIDE = (
     32  # channels below which a weight counts as the edge of a net (pixels, latents, logits), not as hidden
 )
@@ -201,7 +204,13 @@ class PhaseOptimizer:
 
     def clip(self) -> Tensor:
         """Norm of the gradient before clipping, (); the gradient itself is clipped to `config.clip`."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)  # sharded as they are
+        norm = whole(total)
+        limit = self.config.clip
+        if limit and not bool(norm + CLIP_EPS <= limit):  # else torch would multiply all of them by 1
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, total)
+        return norm
 
     def step(self, before: int, after: int, total: int) -> float:
         """Update, clear the gradients and return the learning rate used; arguments as of `lr_factor`."""
@@ -221,6 +230,9 @@ class PhaseOptimizer:
         """Inverse of `state_dict`."""
         for (optimizer, _), one in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(one)
+            for parameter, values in optimizer.state.items():
+                alike = {k: v for k, v in values.items() if getattr(v, "shape", None) == parameter.shape}
+                values |= {k: like(parameter, v) for k, v in alike.items()}
 
 
 def _groups(parameters: list[tuple[nn.Parameter, bool]], config: OptimConfig) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from sfumato.checkpoints.native import Parts, read_folder, write_folder
 from sfumato.checkpoints.weights import assign
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import write_whole
+from sfumato.core.world import ALONE, World
 from sfumato.training.ema import PowerAverage, gamma_of
 
 __all__ = ["PostHoc", "PostHocConfig", "Profile", "Reconstruction", "export", "fit", "reconstruct"]
@@ -96,10 +97,14 @@ class PostHoc:
         modules: what to average, by name.
         config: see PostHocConfig.
         run: folder of the run.
+        world: the processes of the run; the first writes.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: PostHocConfig, run: Path) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], config: PostHocConfig, run: Path, world: World = ALONE
+    ) -> None:
         self.config = config
+        self.world = world
         self.folder = run / FOLDER
         self.averages = {width: PowerAverage(modules, width) for width in config.sigma_rel}
 
@@ -114,8 +119,7 @@ class PostHoc:
             average.update(before, after)
         if after >= total or after // self.config.every > before // self.config.every:
             for width, average in self.averages.items():
-                path = self.folder / f"{after:012d}-{width:.6f}.safetensors"
-                write_whole(path, _packed(average, after, width, self.config.dtype))
+                self._write(average.whole(), after, width)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages in full precision."""
@@ -127,10 +131,14 @@ class PostHoc:
             average.load_state_dict(state[str(width)])
         self._discard(images)
 
+    def _write(self, modules: Mapping[str, nn.Module], images: int, width: float) -> None:
+        path = self.folder / f"{images:012d}-{width:.6f}.safetensors"
+        self.world.lead(lambda: write_whole(path, _packed(modules, images, width, self.config.dtype)))
+
     def _discard(self, images: int) -> None:
         if not self.averages:
             return
-        for path in self.folder.glob("*-*.safetensors"):
+        for path in self.folder.glob("*-*.safetensors") if self.world.leads else ():
             time = path.name.split("-")[0]
             if time.isdigit() and int(time) > images:
                 path.unlink()
@@ -224,10 +232,10 @@ def _inner(a: Profile, b: Profile) -> float:
     return (a.gamma + 1) * (b.gamma + 1) * ratio / ((a.gamma + b.gamma + 1) * late.images)
 
 
-def _packed(average: PowerAverage, images: int, width: float, dtype: str) -> bytes:
+def _packed(modules: Mapping[str, nn.Module], images: int, width: float, dtype: str) -> bytes:
     """A snapshot as the bytes of a safetensors file; its metadata say which tensors are buffers."""
     tensors, fixed = {}, []
-    for name, module in average.modules.items():
+    for name, module in modules.items():
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for leaf, tensor in module.state_dict().items():
             full = f"{name}.{leaf}"

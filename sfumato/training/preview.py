@@ -20,28 +20,29 @@ class PreviewFiles:
     Args:
         folder: of the run.
         draw: the pictures to show, (n, 3, H, W) in [-1, 1]; called without gradients.
-        columns: pictures per row.
         notice: license and attribution, as text that each file carries.
+        columns: pictures per row.
     """
 
     def __init__(
         self,
         folder: Path,
         draw: Callable[[], Tensor],
-        columns: int = 8,
         notice: Mapping[str, str] | None = None,
+        columns: int = 8,
     ) -> None:
         self.folder = folder / "previews"
         self.draw = draw
         self.columns = columns
         self.notice = notice
 
-    def __call__(self, images: int) -> Path:
-        """Write the grid for a run that has seen `images`.
+    def __call__(self, images: int, *, write: bool = True) -> Path:
+        """Write the grid for a run that has seen `images`, or only help to draw it.
 
         A net that has gone wrong shows black where its pictures are not finite; the run itself checks losses.
         """
         with torch.no_grad():
             pictures = torch.nan_to_num(self.draw().float().cpu(), nan=-1.0, posinf=-1.0, neginf=-1.0)
+        path = self.folder / f"{images:012d}.png"
         sheet = grid(to_uint8(pictures), columns=self.columns)
-        return save_png(self.folder / f"{images:012d}.png", sheet, text=self.notice)
+        return save_png(path, sheet, text=self.notice) if write else path

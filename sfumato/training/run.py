@@ -14,16 +14,18 @@ from torch import nn
 
 from sfumato.checkpoints.native import write_folder
 from sfumato.core.config import to_json
-from sfumato.core.device import device_of
 from sfumato.core.png import write_whole
+from sfumato.core.world import World, joined
 from sfumato.data.datasets import ImageFolder
 from sfumato.systems.config import About
+from sfumato.training.ahead import ReadAhead, batches_ahead
 from sfumato.training.batches import open_folder
+from sfumato.training.distributed import check_shares
 from sfumato.training.folder import claim, forget, held, settled, tidy
 from sfumato.training.held_out import HeldOut, hold_out
 from sfumato.training.jobs.build import build
 from sfumato.training.jobs.job import Job, Place
-from sfumato.training.log import RunLog
+from sfumato.training.log import RunLog, SilentLog
 from sfumato.training.preview import PreviewFiles
 from sfumato.training.recipe import Recipe
 from sfumato.training.signals import Stop
@@ -56,36 +58,56 @@ def train(recipe: Recipe, *, force: bool = False) -> Path:
             losses are not finite, or something cannot be written.
         Stopped: after SIGTERM or Ctrl-C, when there is a checkpoint; the same call goes on from there.
     """
-    pictures, kept_out = hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
-    place = _place(recipe, pictures)
+    with joined(recipe.trainer.device, seconds=recipe.trainer.timeout) as world:
+        return _train(recipe, world, force=force)
+
+
+def _train(recipe: Recipe, world: World, *, force: bool) -> Path:
+    pictures, kept_out = world.agree(
+        lambda: hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
+    )
+    check_shares(pictures, recipe.trainer.batch, world)
+    place = _place(recipe, pictures, world)
     tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
-    trackers = open_trackers(recipe.trainer.trackers, tracked)
+    trackers = world.agree(lambda: open_trackers(recipe.trainer.trackers, tracked) if world.leads else [])
     devices = [place.device] if place.device.type == "cuda" else []
     with (
-        held(place.out),
+        contextlib.ExitStack() as stack,
         Stop() as stop,
         _one_line(place.out),
         _damage_listed(place),
         torch.random.fork_rng(devices=devices),
     ):
-        new = claim(recipe, force=force)
-        tidy(place.out)
+        world.agree(lambda: stack.enter_context(held(place.out)) if world.leads else None)
+        new = world.lead(lambda: _claimed(recipe, force=force))
         torch.manual_seed(recipe.trainer.seed)
         try:
             with stop.interruptible():
-                job = build(recipe, place)
-                trainer = _trainer(recipe, job, place, stop)
-                if (validation := _validation(recipe, job, kept_out, trainer)) is not None:
-                    trainer.validate = lambda at: trainer.log.note(at, validation(at))
+                trainer = world.agree(lambda: _assembled(recipe, place, kept_out, stop))
         except ValueError:
-            if new:  # the mistake must not stand in the way of the corrected recipe
+            if new and world.leads:  # the mistake must not stand in the way of the corrected recipe
                 forget(place.out)
             raise
-        settled(place.out)
+        stop.alone = world.size == 1
+        world.lead(lambda: settled(place.out))
         trainer.log.trackers += trackers
-        with trainer.log:
+        with trainer.log, world.watched(), _read_ahead(recipe, trainer, place) as trainer.batches:
             trainer.fit()
     return place.out / "system"
+
+
+def _claimed(recipe: Recipe, *, force: bool) -> bool:
+    new = claim(recipe, force=force)
+    tidy(recipe.folder)
+    return new
+
+
+def _assembled(recipe: Recipe, place: Place, kept_out: ImageFolder | None, stop: Stop) -> Trainer:
+    job = build(recipe, place)
+    trainer = _trainer(recipe, job, place, stop)
+    if (validation := _validation(recipe, job, kept_out, trainer, place.world)) is not None:
+        trainer.validate = lambda at: trainer.log.note(at, validation(at))
+    return trainer
 
 
 @contextlib.contextmanager
@@ -101,12 +123,13 @@ def _one_line(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _place(recipe: Recipe, pictures: ImageFolder) -> Place:
+def _place(recipe: Recipe, pictures: ImageFolder, world: World) -> Place:
     note = recipe.data.path / "ATTRIBUTION.txt"
     about = replace(recipe.about, name=recipe.about.name if recipe.about.name != "unnamed" else recipe.name)
     if note.is_file():
         about = replace(about, attribution=note.read_text("utf-8").strip())
-    return Place(recipe.folder, device_of(recipe.trainer.device), pictures, about, _card(recipe, about))
+    device = world.device(recipe.trainer.device)
+    return Place(recipe.folder, device, pictures, about, _card(recipe, about), world)
 
 
 def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
@@ -116,31 +139,37 @@ def _trainer(recipe: Recipe, job: Job, place: Place, stop: Stop) -> Trainer:
         write_folder(place.out / "system", job.result(averaged))
         job.beside(averaged)
 
+    log = RunLog if place.world.leads else SilentLog
     trainer = Trainer(
         job.task,
         job.batches,
         config,
         optim=recipe.optim,
-        log=RunLog(place.out / "log.jsonl", config.images, config.log_every, quiet=config.quiet),
-        checkpoints=Checkpoints(place.out / "checkpoints", config.keep),
+        log=log(place.out / "log.jsonl", config.images, config.log_every, quiet=config.quiet),
+        checkpoints=Checkpoints(place.out / "checkpoints", config.keep, place.world),
         stop=stop,
         publish=publish,
     )
-    files = PreviewFiles(
-        place.out, lambda: job.task.preview(trainer.average.modules), notice=place.about.notice
-    )
-    trainer.preview = lambda images: trainer.log.picture(images, files(images))
+    files = PreviewFiles(place.out, lambda: job.task.preview(trainer.average.whole()), place.about.notice)
+    trainer.preview = lambda images: trainer.log.picture(images, files(images, write=place.world.leads))
     return trainer
 
 
-def _validation(recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Trainer) -> Validation | None:
+def _read_ahead(recipe: Recipe, trainer: Trainer, place: Place) -> ReadAhead:
+    count = batches_ahead(recipe.data.ahead, place.device)
+    return ReadAhead(trainer.batches, count, step=recipe.trainer.batch, end=recipe.trainer.images)
+
+
+def _validation(
+    recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Trainer, world: World
+) -> Validation | None:
     """What measures the held-out pictures, if any. Raises: ValueError if the task has no measure."""
     if held is None:
         return None
     task = job.task
     measure: DenoisingLoss | ReconstructionLoss
     if isinstance(task, Denoising):
-        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample")
+        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample", embed=task.embed)
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
     else:
@@ -148,8 +177,8 @@ def _validation(recipe: Recipe, job: Job, held: ImageFolder | None, trainer: Tra
             f"validation.split and share do not work with a {recipe.task.kind} task; leave them out: only "
             "denoisers and autoencoders have a validation loss"
         )
-    pictures = HeldOut(held, recipe.trainer.batch, recipe.validation.draws)
-    return Validation(measure, lambda: job.result(trainer.average.modules), pictures, recipe.folder)
+    pictures = HeldOut(held, recipe.trainer.batch // world.size, recipe.validation.draws, world)
+    return Validation(measure, lambda: job.result(trainer.average.whole()), pictures, recipe.folder)
 
 
 def _card(recipe: Recipe, about: About) -> str:
@@ -178,10 +207,11 @@ def _damage_listed(place: Place) -> Iterator[None]:
 
 def _list_damage(place: Place) -> None:
     if skipped := place.pictures.skipped:
-        write_whole(place.out / "skipped.json", (json.dumps(skipped, indent=1) + "\n").encode())
+        path = place.out / ("skipped.json" if place.world.leads else f"skipped-{place.world.rank}.json")
+        write_whole(path, (json.dumps(skipped, indent=1) + "\n").encode())
         LOGGER.warning(
             "%d of %d pictures were damaged and passed over; listed in %s",
             len(skipped),
             len(place.pictures),
-            place.out / "skipped.json",
+            path,
         )

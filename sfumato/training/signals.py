@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+from sfumato.core.world import World
+
 __all__ = ["Stop", "Stopped"]
 
 LOGGER = logging.getLogger(__name__)
@@ -36,9 +38,13 @@ class Stop:
     thread, where Python receives no signals, nothing is changed.
 
     All of the run asks here, and nowhere else, whether it is to stop.
+
+    Attributes:
+        alone: whether this process may stop for itself; else all must agree first, see `agree`.
     """
 
     def __init__(self) -> None:
+        self.alone = True
         self.signum: int | None = None
         self._raising = False
         self._before: dict[signal.Signals, Handler] = {}
@@ -59,9 +65,14 @@ class Stop:
         self._before = {}
 
     def check(self) -> None:
-        """Raise Stopped if a signal came."""
-        if self.signum is not None:
+        """Raise Stopped if a signal came, unless others have to be asked."""
+        if self.signum is not None and self.alone:
             raise Stopped(self.signum)
+
+    def agree(self, world: World) -> None:
+        """Raise Stopped on all processes if a signal came to one of them; all must call."""
+        if signum := world.most(self.signum or 0):
+            raise Stopped(signum)
 
     def interruptible(self) -> Interruptible:
         """A context in which a signal raises Stopped at once; for work that may be dropped half-way."""
@@ -82,7 +93,7 @@ class Stop:
         LOGGER.info(
             "%s: stopping as soon as all is saved; once more to stop at once", signal.Signals(signum).name
         )
-        if self._raising:
+        if self._raising and self.alone:
             raise Stopped(signum)
 
 

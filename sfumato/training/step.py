@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from sfumato.core.random import Noise
 from sfumato.training.batches import Batch
 from sfumato.training.compute import Precision, autocast
+from sfumato.training.distributed import Engine
 from sfumato.training.guard import Fault, Snapshot, Watch, finite
 from sfumato.training.optim import PhaseOptimizer
 from sfumato.training.signals import Stop, Stopped
@@ -64,8 +66,8 @@ class Step:
         total: images of the whole run.
         accumulate: micro-batches per batch.
         precision: see `compute.autocast`.
-        compiled: whether parts of the task are compiled.
         stop: interrupts a step in which no weight has changed yet; nothing remains of it.
+        engine: of the gradients.
     """
 
     def __init__(
@@ -77,15 +79,16 @@ class Step:
         total: int,
         accumulate: int = 1,
         precision: Precision = "float32",
-        compiled: bool = False,
         stop: Stop,
+        engine: Engine,
     ) -> None:
         self.task = task
+        self.engine = engine
+        self.world = engine.world
         self.optimizers = optimizers
         self.seed = seed
         self.total = total
         self.accumulate = accumulate
-        self.compiled = compiled
         self.stop = stop
         device = next(p.device for module in task.modules.values() for p in module.parameters())
         self._autocast = autocast(device, precision)
@@ -94,39 +97,37 @@ class Step:
         """Step on the batch that begins after `images` images.
 
         Args:
+            batch: this process's part of it.
             watched: find the first module that is not finite; slow.
 
         Raises: Stopped; then nothing has changed.
         """
-        before, metrics = Snapshot(self.task), dict[str, Tensor]()
-        micros = self._micros(batch, images)
-        watch = Watch(self.task.modules, compiled=self.compiled) if watched else None
+        before, metrics, moment = Snapshot(self.task), dict[str, Tensor](), Moment(images, self.total)
+        micros = self._micros(batch, moment)
+        active = [name for name, phase in self.task.phases.items() if moment.reached(phase.start)]
+        watch = Watch(self.task.modules) if watched else None
         with watch if watch is not None else contextlib.nullcontext():
-            try:
-                with self.stop.interruptible():
-                    loss = self._backward(micros, 0)
-            except Stopped:
-                self._drop(before)
-                raise
-            for number in range(1, len(self.task.phases) + 1):
-                if loss is None:
-                    break
-                optimizer = self.optimizers[loss.phase]
-                norm = optimizer.clip()
-                if not finite(loss.value, norm):
-                    what: Literal["loss", "gradient"] = "gradient" if finite(loss.value) else "loss"
-                    culprit = "" if watch is None else watch.culprit(what)
+            for number, phase in enumerate(active):
+                try:
+                    with contextlib.nullcontext() if number else self.stop.interruptible():
+                        loss = self._backward(micros, phase, number)
+                except Stopped:
                     self._drop(before)
-                    return Outcome({}, Fault(loss.phase, what, culprit))
-                lr = optimizer.step(images, images + len(batch), self.total)
+                    raise
+                norm = self.optimizers[phase].clip()
+                if not finite(loss.value, norm):
+                    fault = self._fault(loss, watch)
+                    self._drop(before)
+                    return Outcome({}, fault)
+                seen = images + len(batch) * self.world.size
+                lr = self.optimizers[phase].step(images, seen, self.total)
                 own = {"loss": loss.value, "grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}
-                metrics |= {f"{loss.phase}/{k}": v.detach() for k, v in {**own, **loss.metrics}.items()}
-                loss = self._backward(micros, number)
-        assert loss is None, "a task yields each of its phases at most once"
+                metrics |= {f"{phase}/{k}": v.detach() for k, v in {**own, **loss.metrics}.items()}
         return Outcome(metrics)
 
-    def _micros(self, batch: Batch, images: int) -> list[Micro]:
-        moment, position, micros = Moment(images, self.total), images, list[Micro]()
+    def _micros(self, batch: Batch, moment: Moment) -> list[Micro]:
+        """The micro-batches of this process, whose rows come after those of the processes before it."""
+        position, micros = moment.images + self.world.rank * len(batch), list[Micro]()
         for part in split(batch, self.accumulate):
             noise = Noise([_derived("sample", self.seed, position + i) for i in range(len(part))])
             losses = self.task.losses(part, noise, moment)
@@ -134,19 +135,37 @@ class Step:
             position += len(part)
         return micros
 
-    def _backward(self, micros: Sequence[Micro], number: int) -> Loss | None:
-        """Add up the gradients of the next phase, the one with that number; returns its loss, detached."""
+    def _backward(self, micros: Sequence[Micro], phase: str, number: int) -> Loss:
+        """Add up the gradients of a phase, the one with that number; its loss and metrics, over all."""
         found: list[Loss] = []
         for micro in micros:
             # Layers that draw for themselves (nn.Dropout) use torch's generator: it follows the position too.
             torch.manual_seed(_derived(f"layers{number or ''}", self.seed, micro.position))
-            with self._autocast():
-                loss = next(micro.losses, None)
-            if loss is not None:
-                self.optimizers[loss.phase].backward(loss.value * micro.share)
-                found.append(Loss(loss.phase, loss.value.detach(), loss.metrics))
-        assert len(found) in (0, len(micros)), "which phases are active depends on the moment alone"
-        return _mean(found, [micro.share for micro in micros]) if found else None
+            loss = self.engine.backward(
+                phase,
+                partial(self._next, micro, phase),
+                self.optimizers[phase],
+                share=micro.share,
+                last=micro is micros[-1],
+            )
+            found.append(Loss(phase, loss.value.detach(), loss.metrics))
+        mean = _mean(found, [micro.share for micro in micros])
+        value, *others = self.world.mean([mean.value, *mean.metrics.values()])
+        return Loss(phase, value, dict(zip(mean.metrics, others, strict=True)))
+
+    def _next(self, micro: Micro, phase: str) -> Loss:
+        with self._autocast():
+            loss = next(micro.losses)
+        assert loss.phase == phase, "a task yields the phases that have started, in their order"
+        return loss
+
+    def _fault(self, loss: Loss, watch: Watch | None) -> Fault:
+        """What is not finite, and where it began on the process where it did."""
+        what: Literal["loss", "gradient"] = "gradient" if finite(loss.value) else "loss"
+        told = self.world.gather(None if watch is None else (bool(watch.output), watch.culprit(what)))
+        culprits = [one for one in told if one is not None]
+        first = next((text for seen, text in culprits if seen), culprits[0][1] if culprits else "")
+        return Fault(loss.phase, what, first)
 
     def _drop(self, before: Snapshot) -> None:
         """Undo what a step has done that is not to be."""

@@ -43,10 +43,12 @@ class Phase:
     Attributes:
         modules: names in `Task.modules`; no module may belong to two phases.
         optim: this phase's own optimizer; None = the run's.
+        start: when it begins, see `Moment.reached`.
     """
 
     modules: tuple[str, ...]
     optim: OptimConfig | None = None
+    start: float = 0.0
 
 
 class Memory(Protocol):
@@ -80,7 +82,7 @@ class Task(Protocol):
     def memories(self) -> Mapping[str, Memory]: ...
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
-        """Yield the loss of each phase that is active at `moment`, at most once per phase.
+        """Yield the loss of each phase whose start has been reached at `moment`, in the order of `phases`.
 
         The loop steps a phase's optimizer before it asks for the next loss. All randomness comes from
         `noise`, which has one stream per sample of the batch.

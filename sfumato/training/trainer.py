@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from sfumato.training.architecture import restore
 from sfumato.training.batches import Batch
 from sfumato.training.compute import Precision, compile_parts, recompute
+from sfumato.training.distributed import Parallel, engine_for
 from sfumato.training.ema import Average
 from sfumato.training.guard import Fault, bad_weight
 from sfumato.training.log import RunLog
@@ -49,6 +51,9 @@ class TrainerConfig:
         save_every: images between checkpoints; 0 = one at the end.
         keep: checkpoints kept.
         device: "auto" takes an accelerator if there is one.
+        parallel: in several processes, "replicate" everything (DDP) or "shard" it (FSDP2), for nets that are
+            too large for one device.
+        timeout: seconds that processes wait for each other before they say which one is missing.
         quiet: no progress bar.
         trackers: programs that are told the numbers of the log, names in `trackers.TRACKERS`.
     """
@@ -69,11 +74,13 @@ class TrainerConfig:
     save_every: int = 10000
     keep: int = 2
     device: str = "auto"
+    parallel: Parallel = "replicate"
+    timeout: float = 600.0
     quiet: bool = False
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "accumulate", "patience", "keep"):
+        for name in ("images", "batch", "accumulate", "patience", "keep", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
         if self.batch % self.accumulate:
@@ -92,13 +99,13 @@ class Trainer:
 
     Args:
         task: already on its device.
-        batches: the batch that starts at a given number of images seen; its length is what counts.
+        batches: the batch, or this process's part of it, that starts at a given number of images seen.
         config: see TrainerConfig.
         optim: of the phases that bring none of their own.
         log: see RunLog.
         checkpoints: see Checkpoints.
         stop: open already; None = the run cannot be stopped by a signal.
-        publish: called with the averaged modules after every checkpoint, and on a resume.
+        publish: called with the averaged modules after every checkpoint, and on a resume; by process 0.
 
     Attributes:
         preview: called with the images seen every `preview_every` images and at the end.
@@ -117,9 +124,8 @@ class Trainer:
         stop: Stop | None = None,
         publish: Callable[[Mapping[str, nn.Module]], None] | None = None,
     ) -> None:
-        self.task = task
-        self.batches = batches
-        self.config = config
+        self.task, self.batches, self.config = task, batches, config
+        self.world = world = checkpoints.world
         self.log = log
         self.checkpoints = checkpoints
         self.stop = stop or Stop()
@@ -132,15 +138,18 @@ class Trainer:
         self.skipped = self.in_a_row = 0  # steps whose numbers were not finite: all, and until now
         averaged = {name: task.modules[name] for name in task.averaged}
         self.average = Average(averaged, config.ema)
-        self.posthoc = PostHoc(averaged, config.posthoc, checkpoints.folder.parent)
-        self.optimizers = {
-            name: PhaseOptimizer([task.modules[m] for m in phase.modules], phase.optim or optim)
-            for name, phase in task.phases.items()
-        }
+        self.posthoc = PostHoc(averaged, config.posthoc, checkpoints.folder.parent, world)
         if config.recompute:
             recompute(task.modules)
         if config.compile:
             compile_parts(task.modules)
+        self.engine = engine_for(task, config.parallel, world)
+        for copies in (self.average, *self.posthoc.averages.values()):
+            copies.shard()
+        self.optimizers = {
+            name: PhaseOptimizer([task.modules[m] for m in phase.modules], phase.optim or optim)
+            for name, phase in task.phases.items()
+        }
         self._step = Step(
             task,
             self.optimizers,
@@ -148,8 +157,8 @@ class Trainer:
             total=config.images,
             accumulate=config.accumulate,
             precision=config.precision,
-            compiled=config.compile,
             stop=self.stop,
+            engine=self.engine,
         )
 
     def fit(self) -> None:
@@ -178,7 +187,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or start at nothing."""
-        if (state := self.checkpoints.load()) is not None:
+        if (state := self.checkpoints.load(self.engine.mesh)) is not None:
             self.load_state_dict(state)
             self._publish()  # the run may have died between a checkpoint and this
         self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
@@ -189,8 +198,8 @@ class Trainer:
         The one place that commits a state. Raises: ValueError in one line if a weight is not finite, or the
         checkpoint cannot be written.
         """
-        if name := bad_weight(self.task.modules):
-            raise ValueError(
+        if name := next(filter(None, self.world.gather(bad_weight(self.task.modules))), None):
+            raise self.world.fail(
                 f"{name} is not finite after {self.images:,} images; {_advice(self.checkpoints)}"
             )
         self.checkpoints.save(self.state_dict(), self.images)
@@ -224,11 +233,11 @@ class Trainer:
 
     def _advance(self) -> None:
         """One step over the next batch, whether it is taken or skipped."""
-        self.stop.check()
+        self.stop.agree(self.world)
         with self.stop.interruptible():
-            batch = self.batches(self.images)
+            batch = self.batches(self.images + self.world.rank * (self.config.batch // self.world.size))
         outcome = self._step(batch, self.images, watched=self.in_a_row + 1 >= self.config.patience)
-        end = self.images + len(batch)
+        end = self.images + len(batch) * self.world.size
         if outcome.fault is None:
             self.average.update()
             self.posthoc.update(self.images, end, self.config.images)
@@ -250,10 +259,10 @@ class Trainer:
             return
         steps = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
         where = f"{steps} until step {self.steps} ({self.images:,} images)"
-        if (state := self.checkpoints.load()) is not None:
+        if (state := self.checkpoints.load(self.engine.mesh)) is not None:
             self.load_state_dict(state)
             self.log.begin(self.images, float(state["seconds"]))
-        raise ValueError(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
+        raise self.world.fail(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
 
     def _show(self) -> None:
         """Preview and validate if it is time; if that fails, not without a checkpoint."""
@@ -266,7 +275,7 @@ class Trainer:
                 continue
             try:
                 with self.stop.interruptible():
-                    show(self.images)
+                    self.world.agree(partial(show, self.images))
             except Exception:
                 if self.saved < self.images:
                     self.save()
@@ -274,8 +283,9 @@ class Trainer:
             self.shown[name] = self.images
 
     def _publish(self) -> None:
-        if self.publish is not None and self.images > 0:
-            self.publish(self.average.modules)
+        if (publish := self.publish) is not None and self.images > 0:
+            averaged = self.average.whole()
+            self.world.lead(lambda: publish(averaged))
 
     def _due(self, last: int, every: int) -> bool:
         return _passed(last, self.images, every) or (every > 0 and last < self.images >= self.config.images)

@@ -40,12 +40,16 @@ class DenoisingLoss:
     Args:
         objective: of the run.
         sampled: whether latents are samples of the posterior, or its means.
+        embed: of the task, see `Denoising`.
     """
 
-    def __init__(self, objective: Objective, *, sampled: bool) -> None:
+    def __init__(
+        self, objective: Objective, *, sampled: bool, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         learns = hasattr(objective.times, "state_dict")
         self.objective = replace(objective, times=Uniform()) if learns else objective
         self.sampled = sampled
+        self.embed = embed
         self._clean: dict[int, Tensor] = {}
 
     def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
@@ -56,6 +60,7 @@ class DenoisingLoss:
         for rows in held.rows():
             if rows.start not in self._clean:  # the codec is not trained
                 images = held.images(rows, stage.device)
+                images = images if self.embed is None else self.embed(images).to(images)
                 noise = held.noise(rows, "posterior")
                 self._clean[rows.start] = stage.codec.encode(images, noise if self.sampled else None)
             noise = held.noise(rows, "conditioning")
@@ -65,9 +70,9 @@ class DenoisingLoss:
                 t = self.objective.times.sample(schedule, held.noise(rows, name)).t
                 clean = self._clean[rows.start]
                 loss = self.objective(stage.denoiser, clean, cond, held.noise(rows, name)).loss
-                losses.append(loss.double().cpu())
+                losses.append(loss)
                 fractions.append(noise_fraction(schedule(t)))
-        return _by_level(torch.cat(losses), torch.cat(fractions))
+        return _by_level(held.pooled(losses), held.pooled(fractions))
 
 
 class ReconstructionLoss:
@@ -95,10 +100,13 @@ class ReconstructionLoss:
             loss = self.config.l1 * error.abs().mean(1) + self.config.l2 * error.square().mean(1)
             if self.perceptual is not None:
                 loss = loss + self.config.perceptual * self.perceptual(image, decoded).double().flatten()
-            losses.append(loss.cpu())
+            losses.append(loss)
             inside = ((decoded.clamp(-1, 1) - image) / 2).double().flatten(1)
-            ratios.append((-10 * inside.square().mean(1).clamp_min(1e-10).log10()).cpu())
-        return {LOSS: float(torch.cat(losses).mean()), "validation/psnr": float(torch.cat(ratios).mean())}
+            ratios.append(-10 * inside.square().mean(1).clamp_min(1e-10).log10())
+        return {
+            LOSS: float(held.pooled(losses).mean()),
+            "validation/psnr": float(held.pooled(ratios).mean()),
+        }
 
 
 class Validation:
@@ -126,6 +134,8 @@ class Validation:
         """Numbers to log, at `images` seen."""
         folder = self.result()
         numbers = self.measure(folder, self.held)
+        if not self.held.world.leads:
+            return numbers
         if self._best is None:
             self._best = self._logged(images)
         if numbers[LOSS] < self._best:

@@ -53,7 +53,7 @@ class Oracle:
         stage = SimpleNamespace(pixels=(SIZE, SIZE), codec=Codec(), device=torch.device("cpu"))
         self.stages = (stage,)
 
-    def generate(self, text, *, seed, batch, steps, guidance, sampler):
+    def generate(self, text, *, seed, batch, steps, guidance, sampler, world):
         self.asked.append((list(text), seed, batch, steps, guidance, sampler))
         return [to_pil(picture(self.answers.get(t, 60))) for t in text]
 

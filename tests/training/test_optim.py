@@ -267,6 +267,25 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before():
     assert float(clipped) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.0000001, 3.0, math.inf])
+def test_clipping_gives_the_bits_of_torch_and_leaves_small_gradients_alone(share):
+    """Around the limit too, where torch's factor is 1 - 1e-6 of it; 0 = no limit."""
+    toys = [Toy(), Toy()]
+    toys[1].load_state_dict(toys[0].state_dict())
+    for toy in toys:
+        toy().backward()
+    parameters = [p for p in toys[0].parameters() if p.grad is not None]
+    norm = float(nn.utils.get_total_norm([p.grad for p in parameters]))
+    limit = 0.0 if math.isinf(share) else share * norm
+    optimizer = PhaseOptimizer([toys[1]], OptimConfig(clip=limit))
+    versions = [p.grad._version for p in optimizer.parameters]
+    nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    assert float(optimizer.clip()) == norm
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(parameters, optimizer.parameters, strict=True))
+    touched = [p.grad._version for p in optimizer.parameters] != versions
+    assert touched == (0 < limit < norm + 1e-6)
+
+
 def test_backward_leaves_other_modules_without_gradients():
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     PhaseOptimizer([first], OptimConfig()).backward(second(first(torch.ones(1, 2))).sum())

@@ -24,7 +24,7 @@ class TwoPhases:
         self.modules = {"first": self.first, "second": self.second}
         self.phases = {
             "one": Phase(("first",)),
-            "two": Phase(("second",), OptimConfig(lr=0.5, lr_schedule="constant", betas=(0.5, 0.9))),
+            "two": Phase(("second",), OptimConfig(lr=0.5, lr_schedule="constant", betas=(0.5, 0.9)), 8),
         }
         self.averaged = ("first",)
         self.memories = {}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sfumato.checkpoints.native import Folder, Parts, write_folder
 from sfumato.core.config import to_json
 from sfumato.core.random import Noise
+from sfumato.core.world import ALONE
 from sfumato.families import RECIPES
+from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet
 from sfumato.systems.system import load_system
 from sfumato.training.batches import DataConfig, open_folder
 from sfumato.training.held_out import HeldOut, ValidationConfig, hold_out
@@ -116,6 +120,33 @@ def test_the_loss_is_the_objective_of_the_averaged_system_at_fixed_draws(picture
     assert alone == pytest.approx(first, rel=1e-5)  # float32 sums in another order
 
 
+def test_embeddings_of_held_out_pictures_are_measured(pictures, tmp_path):
+    net = PerceptualNet(PerceptualConfig(widths=(4, 8), convs=(1, 1)))
+    write_folder(tmp_path / "net", Folder(Parts({"perceptual": net}), {}))
+    recipe = toy("toy-prior", pictures, tmp_path / "run", images=16)
+    recipe = replace(recipe, task=replace(recipe.task, embedder=tmp_path / "net"))
+    system = load_system(train(recipe))
+    (found,) = validations(recipe.folder).values()
+    data = replace(recipe.data, split=None)
+    _, folder = hold_out(open_folder(data), recipe.validation, data)
+    held = HeldOut(folder, 4, 2)
+    (rows,) = held.rows()
+    (stage,) = system.stages
+    with torch.no_grad():
+        taps = net.trunk(held.images(rows, torch.device("cpu")))
+        vectors = torch.cat([tap.flatten(2).mean(2) for tap in taps], 1)
+        z = (vectors - torch.tensor(stage.codec.mean)) / torch.tensor(stage.codec.std)
+        cond = stage.conditioner(held.inputs(rows))
+        expected = [
+            recipe.task.objective(
+                stage.denoiser, z, cond, Noise(range(4)).fork(f"validation/draw {k}")
+            ).loss.mean()
+            for k in range(2)
+        ]
+    assert found == pytest.approx(float(sum(expected)) / 2, rel=1e-4)  # six digits in the log
+    assert (recipe.folder / "best").is_dir()
+
+
 def test_bins_are_quarters_of_the_noise_fraction_and_empty_ones_are_left_out():
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     found = _by_level(losses, torch.tensor([0.1, 0.2, 0.6, 1.0]))
@@ -154,15 +185,14 @@ def test_a_first_stage_is_measured_by_its_reconstruction(pictures, tmp_path):
 
 
 def test_only_a_better_system_replaces_the_best(tmp_path, tiny_system):
-    from sfumato.checkpoints.native import Folder
-
     losses = iter([3.0, 2.0, 2.5, float("nan"), 1.0])
     cards = iter("abcde")
 
     def result():
         return Folder(tiny_system.parts, to_json(tiny_system.config), {}, next(cards))
 
-    validation = Validation(lambda folder, held: {LOSS: next(losses)}, result, None, tmp_path)
+    held = SimpleNamespace(world=ALONE)
+    validation = Validation(lambda folder, held: {LOSS: next(losses)}, result, held, tmp_path)
     kept = []
     for images in range(1, 6):
         validation(images)

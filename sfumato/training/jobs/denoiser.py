@@ -16,6 +16,7 @@ from sfumato.core.image import to_float
 from sfumato.core.png import write_whole
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
+from sfumato.core.world import World
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
@@ -23,14 +24,15 @@ from sfumato.nets.text import TextTransformer
 from sfumato.nets.unet import UNetConfig
 from sfumato.systems.config import ConditionerConfig, LabelConfig, StageConfig, SystemConfig, TokenTextConfig
 from sfumato.systems.stage import Stage
-from sfumato.systems.system import assemble
+from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.batches import check_captions, check_labels
 from sfumato.training.jobs.base import Base, BaseMark, read_base, take_over
 from sfumato.training.jobs.job import Job, Place, settle, spread
-from sfumato.training.jobs.sources import Source, source_of
+from sfumato.training.jobs.sources import Source, Vectors, source_of
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import Denoising, DenoisingConfig
+from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
 
@@ -55,7 +57,9 @@ class Built:
     @property
     def trained(self) -> dict[str, nn.Module]:
         """What the optimizer gets."""
-        return dict(self.adapters or self.nets)
+        if self.adapters:
+            return dict(self.adapters)
+        return {name: net for name, net in self.nets.items() if _learns(net)}
 
     @property
     def num_classes(self) -> int | None:
@@ -85,7 +89,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     if config.text is not None or (base is not None and base.text is not None):
         check_captions(place.pictures)
     source = source_of(recipe, config, place, base)
-    built = _adapted(_build(config, place, base), config)
+    built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
     settings = _stage(config, source, built)
@@ -105,11 +109,19 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     wanted = _shown(config, place, built)
 
     def draw(averaged: Mapping[str, nn.Module]) -> Tensor:
-        return _pictures(assemble(system, parts(averaged)).run(wanted), source, place)
+        drawn = _drawn(assemble(system, parts(averaged)), wanted, place.world)
+        return drawn if source.vectors is None else _nearest(drawn, source.vectors, place)
 
     stage = settings.build(Parts({**source.frozen, **built.nets}, built.tokenizers))
     _check_fit(stage, config)
-    return Job(_task(config, stage, built, base, draw), source.batches, result, beside)
+    if config.cache and "text" not in built.trained:
+        texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
+        stage = replace(stage, conditioner=texts)
+    return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
+
+
+def _learns(net: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in net.parameters())
 
 
 def _task(
@@ -117,9 +129,10 @@ def _task(
     stage: Stage,
     built: Built,
     base: Base | None,
+    source: Source,
     draw: Callable[[Mapping[str, nn.Module]], Tensor],
 ) -> Denoising:
-    return Denoising(
+    task = Denoising(
         stage,
         copy.deepcopy(config.objective),  # its times may learn, and a recipe is used more than once
         dropout=config.dropout,
@@ -129,6 +142,8 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.embed = None if source.vectors is None else source.vectors.embed
+    return task
 
 
 def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
@@ -144,7 +159,8 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
     elif config.text is not None:
         if base is not None:
             raise ValueError(f"{base.path} has no text tower to begin from; set task.text None")
-        tokenizers["text"] = _tokenizer(place, config.text.vocab_size, config.text.context)
+        vocab, context = config.text.vocab_size, config.text.context
+        tokenizers["text"] = Tokenizer.from_json(place.world.lead(lambda: _vocabulary(place, vocab, context)))
         nets["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
     settle(nets, place.device)
     for net in nets.values():
@@ -163,14 +179,17 @@ def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
     return net
 
 
-def _adapted(built: Built, config: DenoisingConfig) -> Built:
-    """The same with frozen nets and fresh adapters, if adapters are to be trained."""
+def _frozen(built: Built, config: DenoisingConfig) -> Built:
+    """The same with what is not trained frozen, and fresh adapters if those are trained."""
+    if (config.freeze_text or config.lora_text) and "text" not in built.nets:
+        name = "freeze_text" if config.freeze_text else "lora_text"
+        raise ValueError(f"task.{name} is about a text tower, and the system of task.init has none")
+    if config.freeze_text:
+        built.nets["text"].requires_grad_(False).eval()
     if not config.adapts:
         return built
     wanted = {"denoiser": config.lora, "text": config.lora_text}
     lora = {name: one for name, one in wanted.items() if one is not None}
-    if "text" in lora and "text" not in built.nets:
-        raise ValueError("task.lora_text adapts a text tower, and the system of task.init has none")
     for net in built.nets.values():
         net.requires_grad_(False)
     adapters = {name: inject(built.nets[name], one) for name, one in lora.items()}
@@ -205,14 +224,20 @@ def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
     return Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
 
 
-def _pictures(drawn: Inputs, source: Source, place: Place) -> Tensor:
-    """Drawn pictures; of embeddings, the pictures of the data whose embeddings are nearest."""
-    if source.vectors is None:
-        assert drawn.low_res is not None
-        return drawn.low_res
-    assert drawn.image_embed is not None
-    rows = source.vectors.nearest(drawn.image_embed)
-    return to_float(place.pictures.images(source.vectors.index[rows].tolist()))
+def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
+    """Pictures or embeddings; picture i has seed i, and each process draws some."""
+    own, mine = list[Tensor](), world.share(wanted.n)
+    if mine:
+        done = system.run(wanted.rows(mine), seed=list(mine))
+        rows = done.low_res if done.low_res is not None else done.image_embed
+        assert rows is not None
+        own = list(rows.cpu())
+    return torch.stack(world.together(own, wanted.n))
+
+
+def _nearest(drawn: Tensor, vectors: Vectors, place: Place) -> Tensor:
+    """The pictures of the data whose embeddings are nearest to those drawn."""
+    return to_float(place.pictures.images(vectors.index[vectors.nearest(drawn)].tolist()))
 
 
 def _credited(place: Place, base: Base | None) -> Place:
@@ -249,12 +274,11 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
             raise ValueError(f"the net does not fit its inputs: {str(error).splitlines()[0]}") from None
 
 
-def _tokenizer(place: Place, vocab_size: int, context: int) -> Tokenizer:
-    """Learned from the captions once per run: training it again need not give the same ids."""
+def _vocabulary(place: Place, vocab_size: int, context: int) -> str:
+    """A tokenizer as JSON, learned from the captions once per run: again it need not give the same ids."""
     path = place.out / "tokenizer.json"
-    if path.is_file():
-        return Tokenizer.from_json(path.read_text("utf-8"))
-    texts = [text for text in place.pictures.texts if text]
-    tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, context=context)
-    write_whole(path, tokenizer.to_json().encode())
-    return tokenizer
+    if not path.is_file():
+        texts = [text for text in place.pictures.texts if text]
+        learned = Tokenizer.train(texts, vocab_size=vocab_size, context=context)
+        write_whole(path, learned.to_json().encode())
+    return path.read_text("utf-8")

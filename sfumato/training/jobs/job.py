@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.native import MANIFEST, Folder, read_folder
 from sfumato.core.image import to_float
+from sfumato.core.world import ALONE, World
 from sfumato.data.datasets import ImageFolder, stack
 from sfumato.data.order import Draw
 from sfumato.systems.config import About
@@ -19,7 +20,7 @@ from sfumato.training.batches import Batch, PictureBatches, order_of
 from sfumato.training.recipe import Recipe
 from sfumato.training.task import Task
 
-__all__ = ["Job", "Place", "examples", "picture_batches", "settle", "spread", "trained"]
+__all__ = ["Job", "Place", "examples", "part", "picture_batches", "settle", "spread", "trained"]
 
 EXAMPLES = 8  # pictures that the preview of a first stage shows
 N = TypeVar("N", bound=nn.Module)
@@ -28,13 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens: its folder, its device, its pictures, and what to say of the result."""
+    """Where a run happens: its folder, device, pictures and processes, and what to say of the result."""
 
     out: Path
     device: torch.device
     pictures: ImageFolder
     about: About
     card: str
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,23 @@ class Job:
 
 
 def picture_batches(recipe: Recipe, place: Place) -> PictureBatches:
-    """Batches of the run's pictures."""
+    """Batches of the run's pictures, as large as this process's part."""
     order = order_of(place.pictures, recipe.data, recipe.trainer.seed, recipe.trainer.batch)
-    return PictureBatches(place.pictures, order, recipe.trainer.batch, place.device)
+    return PictureBatches(place.pictures, order, part(recipe, place), place.device)
+
+
+def part(recipe: Recipe, place: Place) -> int:
+    """Samples of a batch that each process computes.
+
+    Raises: ValueError in one line if the processes cannot share a batch equally.
+    """
+    ways = place.world.size * recipe.trainer.accumulate
+    if recipe.trainer.batch % ways:
+        raise ValueError(
+            f"trainer.batch {recipe.trainer.batch} cannot be shared equally by {place.world.size} processes "
+            f"of {recipe.trainer.accumulate} micro-batches each; choose a multiple of {ways}"
+        )
+    return recipe.trainer.batch // place.world.size
 
 
 def examples(place: Place) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from sfumato.data.order import Draw
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.perceptual import PerceptualNet
 from sfumato.systems.config import CodecConfig, EmbeddingsConfig, LatentsConfig, PixelsConfig
-from sfumato.training.batches import Batch, Draws, check_damage, open_folder
+from sfumato.training.batches import Batch, Draws, check_damage, on_device, open_folder
 from sfumato.training.jobs.base import Base
-from sfumato.training.jobs.job import Place, picture_batches, spread, trained
+from sfumato.training.jobs.job import Place, part, picture_batches, spread, trained
 from sfumato.training.latents import LatentBatches, Moments, encode_folder, statistics
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import DenoisingConfig
@@ -26,6 +27,7 @@ __all__ = ["Source", "Vectors", "embed_folder", "source_of"]
 SURVEYED = 4096  # pictures from which the scale of latents is measured if they are not all encoded anyway
 CHUNK = 64  # pictures embedded at a time
 Batches = Callable[[int], Batch]
+Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Vectors:
         table: (N, D) float32 on the CPU.
         text: N captions.
         index: (N,) row that was read; another than its own where that file is damaged.
+        embed: pictures (B, 3, H, W) in [-1, 1] -> (B, D), float32 on the CPU.
         labels: (N,) int64 classes; None if a picture has none.
     """
 
     table: Tensor
     text: tuple[str, ...]
     index: Tensor
+    embed: Embed
     labels: Tensor | None = None
 
     def batches(self, order: Draws, size: int, device: torch.device) -> Batches:
@@ -70,7 +74,7 @@ class Vectors:
             return Batch(
                 text=text,
                 index=self.index[drawn],
-                vectors=self.table[drawn].to(device),
+                vectors=on_device(self.table[drawn], device),
                 labels=None if self.labels is None else self.labels[drawn],
             )
 
@@ -103,21 +107,23 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
 
 def embed_folder(net: PerceptualNet, folder: ImageFolder) -> Vectors:
     """Spatial means of all taps of a perceptual net, side by side, for every picture of a folder."""
-    device = next(net.parameters()).device
     samples = folder.draw([Draw(i, i, 0) for i in range(len(folder))])
     check_damage(folder)
-    parts = []
-    for chunk in stack(samples).split(CHUNK):
-        with torch.no_grad():
-            taps = net.trunk(to_float(chunk).to(device))
-        parts.append(torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu())
+    embed = partial(_pooled, net)
     labels = [sample.label for sample in samples if sample.label is not None]
     return Vectors(
-        torch.cat(parts),
+        torch.cat([embed(to_float(chunk)) for chunk in stack(samples).split(CHUNK)]),
         tuple(sample.text or "" for sample in samples),
         torch.tensor([sample.index for sample in samples]),
+        embed,
         torch.tensor(labels) if len(labels) == len(samples) else None,
     )
+
+
+@torch.no_grad()
+def _pooled(net: PerceptualNet, images: Tensor) -> Tensor:
+    taps = net.trunk(images.to(next(net.parameters()).device))
+    return torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu()
 
 
 def _latents(
@@ -131,7 +137,9 @@ def _latents(
     cached = config.cache and not recipe.data.augments
     moments, sampled = None, config.posterior == "sample"
     if cached:
-        moments = encode_folder(net, place.pictures, place.out / "latents", sizes=pictures.order.sizes)
+        moments = encode_folder(
+            net, place.pictures, place.out / "latents", sizes=pictures.order.sizes, world=place.world
+        )
     if codec is None:
         surveyed = moments or _survey(recipe, net, pictures.order.sizes)
         mean, std = statistics(surveyed, sampled=sampled)
@@ -140,7 +148,7 @@ def _latents(
     if moments is None:
         return Source(codec, shape, pictures, frozen)
     scale = codec.mean, codec.std
-    batches = LatentBatches(moments, scale, pictures.order, recipe.trainer.batch, place.device)
+    batches = LatentBatches(moments, scale, pictures.order, part(recipe, place), place.device)
     return Source(codec, shape, batches, frozen)
 
 
@@ -172,6 +180,6 @@ def _embeddings(recipe: Recipe, config: DenoisingConfig, place: Place, base: Bas
     codec: CodecConfig = EmbeddingsConfig(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     if base is not None and not isinstance(base.codec, EmbeddingsConfig):
         raise ValueError(f"{base.path} denoises {base.codec.kind}, not embeddings; leave out task.embedder")
-    batches = vectors.batches(picture_batches(recipe, place).order, recipe.trainer.batch, place.device)
+    batches = vectors.batches(picture_batches(recipe, place).order, part(recipe, place), place.device)
     shape = (vectors.table.shape[1],)
     return Source(base.codec if base is not None else codec, shape, batches, {}, vectors)

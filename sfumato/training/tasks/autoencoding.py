@@ -133,6 +133,9 @@ class Autoencoding:
     Rombach et al. 2022 (arXiv:2112.10752), app. G. The discriminator sees the reconstruction that the
     generator's phase produced, and not a second one of the weights just changed: that spares a pass.
 
+    With trainer.accumulate the adaptive weight, and the statistics of the discriminator's batch norms, are
+    those of each micro-batch, as under the accumulation of the loop that latent diffusion was trained with.
+
     Args:
         config: losses and nets.
         perceptual: frozen net; None = no perceptual loss.
@@ -157,7 +160,8 @@ class Autoencoding:
         if config.adversarial > 0:
             self.critic = Discriminator(config.discriminator)
             self.modules["discriminator"] = self.critic
-            self.phases["discriminator"] = Phase(("discriminator",), config.discriminator_optim)
+            start = config.discriminator_start
+            self.phases["discriminator"] = Phase(("discriminator",), config.discriminator_optim, start)
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task; images (B, 3, H, W) in [-1, 1]."""

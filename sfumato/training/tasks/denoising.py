@@ -50,7 +50,8 @@ class DenoisingConfig:
         embedder: folder of a trained perceptual net, or of a run that trained one: its pooled features are
             what is denoised.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
-        cache: encode every picture once, before training, if the data are not augmented.
+        cache: encode every picture once, before training, if the data are not augmented; and every caption,
+            if the text tower is not trained.
         schedule: noise over time.
         prediction: a parameterization: eps, x0, v, flow or edm.
         learned_var: the net has twice the channels and learns a variance; needs objective.vlb.
@@ -64,6 +65,7 @@ class DenoisingConfig:
             tokenizer and autoencoder are its own.
         partial: where `net` and `init` differ at the layers that touch the sample (another patch size), these
             are fresh; schedule and prediction may differ too.
+        freeze_text: leave the text tower of `init` as it is.
         lora: train low-rank adapters of the net of `init` instead of the whole system.
         lora_text: the same for its text tower.
     """
@@ -85,6 +87,7 @@ class DenoisingConfig:
     prompts: tuple[str, ...] = ()
     init: Path | None = None
     partial: bool = False
+    freeze_text: bool = False
     lora: LoraConfig | None = None
     lora_text: LoraConfig | None = None
 
@@ -115,12 +118,16 @@ class DenoisingConfig:
 
     def _check_init(self) -> None:
         if self.init is None:
-            wants = [n for n in ("partial", "lora", "lora_text") if getattr(self, n)]
+            wants = [n for n in ("partial", "freeze_text", "lora", "lora_text") if getattr(self, n)]
             wants += ["no net"] if self.net is None else []
             if wants:
                 raise ValueError(f"{wants[0]} needs init, the folder of a trained system or of its run")
         elif self.partial and self.adapts:
             raise ValueError("partial leaves fresh layers, and lora does not train them; choose one")
+        elif self.freeze_text and self.lora_text is not None:
+            raise ValueError(
+                "freeze_text leaves the text tower as it is, and lora_text adapts it; choose one"
+            )
 
 
 @runtime_checkable
@@ -145,7 +152,13 @@ class Denoising:
         draw: the preview's pictures from averaged modules.
         uncertainty: trained beside them, not averaged; None = none.
         memories: further state of the run.
+
+    Attributes:
+        embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
+            the job, for the validation of the run.
     """
+
+    embed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,

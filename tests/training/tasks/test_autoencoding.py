@@ -12,6 +12,7 @@ from sfumato.nets.autoencoder import AutoencoderConfig
 from sfumato.nets.discriminator import DiscriminatorConfig
 from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet
 from sfumato.training.batches import Batch
+from sfumato.training.history import read_log
 from sfumato.training.log import RunLog
 from sfumato.training.optim import OptimConfig, PhaseOptimizer
 from sfumato.training.state import Checkpoints
@@ -164,6 +165,31 @@ def test_adaptive_weight_of_the_task_is_its_definition_over_the_whole_backward()
             (-task.critic(y).mean()).backward()
         norms.append(float(last.grad.double().pow(2).sum().sqrt()))
     assert float(metrics["adaptive_weight"]) == pytest.approx(norms[0] / (norms[1] + 1e-4), rel=1e-4)
+
+
+def test_accumulated_micro_batches_have_adaptive_weights_of_their_own(tmp_path):
+    config = dataclasses.replace(SMALL, net=VQ, perceptual=0.0, adversarial_start=0.0)  # VQ draws no noise
+    task, whole = build(config), batch(4)
+    parts = [
+        Batch(images=whole.images[rows], text=("",) * 2, index=whole.index[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    weights = [
+        float(next(build(config).losses(part, Noise([0, 0]), LATE)).metrics["adaptive_weight"])
+        for part in parts
+    ]
+    assert abs(weights[0] - weights[1]) > 0.01 * weights[0]
+    log = tmp_path / "log.jsonl"
+    Trainer(
+        task,
+        lambda images: whole,
+        TrainerConfig(images=4, batch=4, accumulate=2, device="cpu"),
+        optim=OptimConfig(),
+        log=RunLog(log, 4, 0, quiet=True),
+        checkpoints=Checkpoints(tmp_path / "checkpoints"),
+    ).fit()
+    (row,) = read_log(log)
+    assert row["generator/adaptive_weight"] == pytest.approx(sum(weights) / 2, rel=1e-4)
 
 
 def published(task, config, x, weight):

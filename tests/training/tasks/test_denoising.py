@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
+from sfumato.conditioners.base import Merged
+from sfumato.conditioners.label import LabelCond
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning
 from sfumato.diffusion.denoiser import Denoiser
@@ -48,7 +50,7 @@ class Words:
         return self.encode(inputs.text)
 
     def null(self, inputs, cond):
-        return self.encode([""] * inputs.n)
+        return replace(cond, pooled=self.encode([""] * inputs.n).pooled)
 
 
 def build(*, codec=None, dropout=0.0, posterior="sample", objective=None, schedule=None, channels=3):
@@ -112,6 +114,18 @@ def test_captions_are_dropped_as_often_as_asked_and_whole():
     assert abs(share - 0.3) < 0.03  # 2000 draws: one standard deviation is 0.01
     kept = seen.view(100, 20)
     assert ((kept == 0) | (kept == torch.arange(1.0, 21.0))).all()
+
+
+def test_labels_are_dropped_together_with_captions():
+    task, labels = build(dropout=0.3), torch.arange(20) % 3
+    task.conditioner = Merged((task.conditioner, LabelCond(3)))
+    told = []
+    task.denoiser.net.register_forward_pre_hook(lambda net, args: told.append(args[2].label))
+    for k in range(50):
+        only(task, batch(20, labels=labels), range(1000 * k, 1000 * k + 20))
+    kept = torch.stack(task.denoiser.net.seen)[..., 0] != 0
+    assert torch.equal(torch.stack(told), torch.where(kept, labels, 3))
+    assert 0.6 < float(kept.float().mean()) < 0.8
 
 
 def test_dropout_of_a_sample_depends_on_its_seed_alone():
