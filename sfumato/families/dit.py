@@ -32,6 +32,7 @@ SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, with which 
 ANCESTRAL = SampleOptions(sampler="ddpm", steps=250, spacing="respaced", guidance=CFG(4.0, channels=3))
 STRAIGHT = SampleOptions(
     sampler="flow_sde",
+    knobs={"last_step": "mean"},
     steps=250,
     spacing="linspace",
     spacing_knobs={"last": 0.04},

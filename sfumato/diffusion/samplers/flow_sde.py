@@ -26,32 +26,36 @@ def flow_sde(
     diffusion: Diffusion = "sigma",
     scale: float = 1.0,
     solver: Literal["euler", "heun"] = "euler",
+    last_step: Literal["x0", "mean"] = "x0",
 ) -> Tensor:
     """Step of dz = (x0 - eps - w eps / s) dr + sqrt(2 w) dW with r = 1 - s from noise to data.
 
     z and s are the straight coordinates x / (alpha + sigma) and sigma / (alpha + sigma), so that any schedule
-    can be walked; -eps / s is the score of z. The step to sigma = 0 adds no noise: with
-    `linspace(..., last=0.04)` it is SiT's last step "Mean".
+    can be walked; -eps / s is the score of z. The step to sigma = 0 adds no noise.
 
     Args:
         diffusion: w(s) = s (SiT's sigma and linear), 1 (constant), s / (1 - s) (SBDM, infinite at pure
             noise), (cos(pi r) + 1)^2 / 4 (decreasing) or sin^2(pi r) (bump, SiT's increasing-decreasing).
         scale: factor of w; 0 = the probability flow.
         solver: Euler-Maruyama, order 1 with one evaluation, or Heun after the noise, with two.
+        last_step: what comes at sigma = 0: x0, which is SiT's Euler and Tweedie; or the drift without noise,
+            x0 - w eps, SiT's default Mean. Give it a short step, by `linspace` with last=0.04.
 
     Ma et al. 2024 (arXiv:2401.08740), eq. 4 and section 2.3.
 
     Raises: ValueError if the grid ascends at i, or a knob is out of range.
     """
     now, after = check_descends(run.grid, i, "flow_sde")
-    if scale < 0 or solver not in ("euler", "heun"):
+    if scale < 0 or solver not in ("euler", "heun") or last_step not in ("x0", "mean"):
         raise ValueError(
-            f"flow_sde with scale {scale:g}, solver {solver!r}; allowed: scale >= 0, euler or heun"
+            f"flow_sde with scale {scale:g}, solver {solver!r}, last_step {last_step!r}; "
+            "allowed: scale >= 0; euler, heun; x0, mean"
         )
     length, w = now.tau - after.tau, scale * _amount(diffusion, now.tau)
     spread = math.sqrt(2 * w * length)
     z = x / (now.alpha + now.sigma)
     if after.sigma <= 0:
+        w = w if last_step == "mean" else 0.0
         return combine((after.alpha, z), (after.alpha * length, _drift(run.folded(x, i), now, w)))
     if solver == "euler":
         drift = _drift(run.folded(x, i), now, w)

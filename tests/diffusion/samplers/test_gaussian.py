@@ -58,6 +58,7 @@ VARIANTS = [
     ("dpmpp_3m_sde", {"eta": 0.5}),
     ("flow_sde", {"solver": "heun"}),
     ("flow_sde", {"diffusion": "decreasing"}),
+    ("flow_sde", {"diffusion": "bump", "last_step": "mean"}),
 ]
 
 
