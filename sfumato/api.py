@@ -13,6 +13,7 @@ from torch import nn
 from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_part
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
+from sfumato.systems.adapting import adapted
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
@@ -34,6 +35,8 @@ def load(
     vae: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> System:
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
@@ -42,22 +45,21 @@ def load(
         vae: its first stage, if that is a file or folder of its own; without one it draws latents.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
+        adapter: adapter.safetensors of a run on this system, merged into its weights.
+        adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
     if path is None and not BUNDLED.is_dir():
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
     path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
-    if not _foreign(path):
-        if layout is not None or config is not None or vae is not None:
-            raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
-        return load_system(path, device=where, dtype=held)
-    from sfumato.families.assembly import system_of
-
-    found = read_foreign(path, layout=layout, config=_settings(config), device=where, dtype=held)
-    if vae is not None:
-        found += read_foreign(vae, device=where, dtype=held)
-    return system_of(found)
+    if _foreign(path):
+        system = _load_foreign(path, layout, _settings(config), vae, where, held)
+    elif layout is not None or config is not None or vae is not None:
+        raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
+    else:
+        system = load_system(path, device=where, dtype=held)
+    return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
 
 
 def load_nets(
@@ -132,6 +134,22 @@ def save_nets(
 def _foreign(path: Path) -> bool:
     """Whether the path is a weights file, or a folder of diffusers."""
     return path.is_file() or ((path / INDEX).is_file() or (path / CONFIG).is_file())
+
+
+def _load_foreign(
+    path: Path,
+    layout: str | None,
+    config: Mapping[str, object],
+    vae: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> System:
+    from sfumato.families.assembly import system_of
+
+    found = read_foreign(path, layout=layout, config=config, device=device, dtype=dtype)
+    if vae is not None:
+        found += read_foreign(vae, device=device, dtype=dtype)
+    return system_of(found)
 
 
 def _settings(config: Config | None) -> Mapping[str, object]:

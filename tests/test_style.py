@@ -22,6 +22,7 @@ ANY_ALLOWED = frozenset(
         "sfumato/core/config.py:to_json",
         "sfumato/families/schedulers.py:sampling_of",
         "sfumato/training/architecture.py:restore",
+        "sfumato/training/log.py:RunLog.begin",
         "sfumato/training/posthoc.py:fit",
         "sfumato/training/state.py:Checkpoints.load",
         "sfumato/training/state.py:Checkpoints.save",

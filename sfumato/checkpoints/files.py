@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 from argparse import Namespace
@@ -72,9 +73,18 @@ def read_pickled(path: str | Path) -> dict[str, object]:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write tensors, floating ones as `dtype` if it is given; shared memory is written once per name."""
+    """Write tensors, floating ones as `dtype` if it is given; shared memory is written once per name.
+
+    Raises: OSError if the file cannot be written.
+    """
     plain = {name: _storable(v, dtype) for name, v in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library tells of a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     Path(path).chmod(0o644)  # the library makes it private
 
 

@@ -20,6 +20,7 @@ __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_par
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
+WRITTEN = (".pt", ".safetensors")
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
 TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
 
@@ -114,24 +115,28 @@ def write_part(
     ours: Any = net.config
     settings = part.published(ours, extra or {})
     state = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
-    if kind.diffusers:
-        path.mkdir(parents=True, exist_ok=True)
-        told = {"_class_name": kind.diffusers, **settings}
-        (path / CONFIG).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-        path = path / f"{WEIGHTS[0]}.safetensors"
-    if path.suffix == ".pt":
-        kept = {
-            k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-            for k, v in state.items()
-        }
-        torch.save(kept, path)
-    elif path.suffix == ".safetensors":
-        write_safetensors(path, state, dtype)
-    else:
-        raise ValueError(
-            f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: .pt, .safetensors"
-        )
+    if not kind.diffusers and path.suffix not in WRITTEN:
+        allowed = ", ".join(WRITTEN)
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind.diffusers:
+            path.mkdir(exist_ok=True)
+            told = {"_class_name": kind.diffusers, **settings}
+            (path / CONFIG).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+            path = path / f"{WEIGHTS[0]}.safetensors"
+        if path.suffix == ".pt":
+            torch.save({name: _stored(v, dtype) for name, v in state.items()}, path)
+        else:
+            write_safetensors(path, state, dtype)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return settings
+
+
+def _stored(v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    v = v.detach().to("cpu", dtype if v.is_floating_point() else None)
+    return v.clone(memory_format=torch.contiguous_format)  # a view would be written with all that it shows
 
 
 def read_json(path: Path) -> dict[str, Any]:

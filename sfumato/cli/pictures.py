@@ -62,6 +62,10 @@ class Generate:
     """Print JSON instead of paths."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
+    adapter: Path | None = None
+    """adapter.safetensors of a run on this system."""
+    adapter_scale: float = 1.0
+    """How strongly the adapter acts; 1 = as trained."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -81,6 +85,10 @@ class Rerun:
     """Print JSON."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
+    adapter: Path | None = None
+    """adapter.safetensors of a run on this system."""
+    adapter_scale: float = 1.0
+    """How strongly the adapter acts; 1 = as trained."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -123,7 +131,9 @@ def _generate(flags: Generate, world: World) -> int:
     for path in (*paths, *([sheet] if sheet else [])):
         check_writable(path)
     started = time.perf_counter()
-    system = world.agree(lambda: _load(flags.system, world.device(flags.device)))
+    system = world.agree(
+        lambda: _load(flags.system, world.device(flags.device), flags.adapter, flags.adapter_scale)
+    )
     drawings = _drawings(flags, system, size, seeds)
     images = _draw_all(system, drawings, paths, world, show=None if flags.json else _print_path)
     if not world.leads:
@@ -158,7 +168,7 @@ def rerun(args: list[str]) -> int:
     record = read_record(flags.image)
     drawing = drawing_of(record, flags.image)
     check_writable(out)
-    system = _load(flags.system, flags.device)
+    system = _load(flags.system, flags.device, flags.adapter, flags.adapter_scale)
     _compare_systems(flags.image, record.get("system"), system)
     with _progress(drawing.steps) as observe:
         image = drawing.draw(system, observe)
@@ -193,10 +203,12 @@ def reconstruct(args: list[str]) -> int:
     return 0
 
 
-def _load(path: Path | None, device: str | torch.device) -> System:
+def _load(
+    path: Path | None, device: str | torch.device, adapter: Path | None = None, scale: float = 1.0
+) -> System:
     from sfumato.api import load
 
-    return load(path, device=device)
+    return load(path, device=device, adapter=adapter, adapter_scale=scale)
 
 
 def _print_path(path: Path) -> None:
@@ -249,7 +261,7 @@ def _compare_systems(path: Path, then: object, now: System) -> None:
         was, here = f"{known.get('name')} {known.get('fingerprint')}", f"{now.about.name} {now.fingerprint}"
         print(
             f"sfumato: {path} was made with system {was} and this is {here}: expect another picture, "
-            f"or choose the right one with --system",
+            f"or choose the right one with --system and --adapter",
             file=sys.stderr,
         )
 

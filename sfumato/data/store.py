@@ -53,7 +53,9 @@ class ShardStore:
         try:
             if is_remote(name):
                 system, path = remote(name)
-                state = f"{system.size(path)} {system.ukey(path)}"
+                info = system.info(path)  # the key of a web address is of the address alone
+                marks = [info.get(name) for name in ("size", "ETag", "Last-Modified")]
+                state = f"{marks} {system.ukey(path)}"
             else:
                 found = os.stat(name)
                 state = f"{os.path.abspath(name)} {found.st_size} {found.st_mtime_ns}"

@@ -16,7 +16,7 @@ from sfumato.core.types import Denoised, Level
 from sfumato.diffusion.denoiser import DenoiseFn
 from sfumato.diffusion.grid import Grid, Point
 
-__all__ = ["SAMPLERS", "Cancelled", "Correction", "Past", "Run", "Step", "fold", "integrate"]
+__all__ = ["SAMPLERS", "Cancelled", "Correction", "NotFinite", "Past", "Run", "Step", "fold", "integrate"]
 
 Step = Callable[..., Tensor]
 SAMPLERS: Registry[Step] = Registry("sampler")
@@ -26,6 +26,10 @@ HISTORY = 6  # evaluations that a multistep solver may look back on; bounds the 
 
 class Cancelled(Exception):
     """Raised by an observer to stop a walk."""
+
+
+class NotFinite(ValueError):
+    """The sample of a walk has a number that is not finite."""
 
 
 class Past(NamedTuple):
@@ -122,7 +126,7 @@ def integrate(
             if project is not None:
                 x = project(x, i + 1)
             if not _finite(x):
-                raise ValueError(f"the sample is not finite after step {i + 1} of {len(run.grid)}")
+                raise NotFinite(f"the sample is not finite after step {i + 1} of {len(run.grid)}")
             if observe is not None:
                 observe(i, x, run.history[-1].denoised if run.history else None)
     return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sfumato.checkpoints.foreign import Foreign
@@ -90,7 +91,7 @@ def dit_system(found: Foreign, sampling: Sampling, name: str) -> System:
         codec=codec,
         shape=(c.in_channels, size, size),
         emits="latent" if vae is None else "image",
-        defaults=sampling.defaults,
+        defaults=sampling.defaults if c.null_label else replace(sampling.defaults, guidance=CFG()),
     )
     summary = f"Read from a file of another program; {c.convention} convention."
     return assemble(SystemConfig(stages=(stage,)), Parts(found.nets), about=About(name=name, summary=summary))

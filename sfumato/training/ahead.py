@@ -19,7 +19,7 @@ ON_ACCELERATOR = 2  # batches; one is not enough where reading takes now less, n
 def batches_ahead(asked: int | None, device: torch.device) -> int:
     """How many batches to read ahead if the settings leave it open.
 
-    None on a CPU, where the reader would only take its time from the step.
+    None on a CPU, where the reader and the step want the same cores.
     """
     if asked is not None:
         return asked

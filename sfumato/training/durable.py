@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import IO
 
 from sfumato.checkpoints.files import sha256
 
-__all__ = ["Entry", "Sink", "entry_of", "fault_of", "sync_folder", "write_file"]
+__all__ = ["Entry", "Sink", "entry_of", "fault_of", "replace_file", "sync_folder", "write_file"]
+
+BLOCK = 1 << 20  # bytes that small writes are joined to; larger ones pass as they are
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Entry:
 class Sink:
     """A file opened for writing that digests what passes and remembers why it failed.
 
-    torch.save turns a full disk into a RuntimeError about its own archive; `error` has the true reason.
+    torch.save makes thousands of writes of a few bytes: the file below is one with a buffer. It turns a full
+    disk into a RuntimeError about its own archive; `error` has the true reason.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -61,7 +65,7 @@ def write_file(path: Path, fill: Callable[[Sink], object]) -> Entry:
     Returns: of the bytes as they were sent, not as they are read back.
     Raises: OSError if it cannot be written.
     """
-    with path.open("wb") as file:
+    with path.open("wb", buffering=BLOCK) as file:
         sink = Sink(file)
         try:
             fill(sink)
@@ -72,6 +76,22 @@ def write_file(path: Path, fill: Callable[[Sink], object]) -> Entry:
         file.flush()
         os.fsync(file.fileno())
     return sink.entry
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment, also after a power cut, it is the old one or the new one.
+
+    Raises: OSError if it cannot be written; the old one is untouched then.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_file(part, lambda sink: sink.write(data))
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.core.config import to_json
-from sfumato.training.durable import sync_folder, write_file
-from sfumato.training.recipe import Recipe, differences
+from sfumato.training.durable import replace_file, sync_folder
+from sfumato.training.recipe import Recipe, differences, retuned
 
 __all__ = ["RUN_FILES", "claim", "forget", "held", "settled", "tidy"]
 
+LOGGER = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 # What a run writes and a run of another recipe must not find; the recipe, which says whose the rest is, last.
 RUN_FILES = (
@@ -51,7 +53,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def claim(recipe: Recipe, *, force: bool = False) -> bool:
-    """Write recipe.json, or check that the run in the folder is this one.
+    """Write recipe.json, or check that the run in the folder is this one; allowed changes are logged.
 
     Args:
         force: remove a run of another recipe, with its checkpoints, instead of refusing.
@@ -66,14 +68,12 @@ def claim(recipe: Recipe, *, force: bool = False) -> bool:
     if trouble:
         forget(folder)
     new = not (folder / RECIPE).is_file()
+    if not new and (changed := retuned(json.loads((folder / RECIPE).read_text("utf-8")), recipe)):
+        LOGGER.warning("the run in %s goes on with other settings: %s", folder, "; ".join(changed))
     text = (json.dumps(to_json(recipe), indent=1) + "\n").encode()
-    part = folder / f".{RECIPE}.{os.getpid()}.part"
     try:
-        write_file(part, lambda sink: sink.write(text))
-        os.replace(part, folder / RECIPE)
-        sync_folder(folder)
+        replace_file(folder / RECIPE, text)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ValueError(f"cannot write {folder / RECIPE}: {error.strerror}; choose another --out") from None
     return new
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
+from sfumato.training.durable import replace_file
 from sfumato.training.history import read_log
 from sfumato.training.metrics import summary
 from sfumato.training.trackers import Tracker
@@ -33,8 +36,8 @@ class RunLog:
 
     Args:
         path: JSONL file; appended to, and cut back by `begin` on a resume.
-        total: images of the whole run.
-        every: images between two lines; 0 = one line at the end.
+        total: images of the whole run; when they are seen, the last line is written.
+        every: images between two lines; 0 = that one alone.
         quiet: no progress bar.
         trackers: told the same numbers.
     """
@@ -43,15 +46,16 @@ class RunLog:
         self, path: Path, total: int, every: int, *, quiet: bool = False, trackers: Sequence[Tracker] = ()
     ) -> None:
         self.path = path
+        self.total = total
         self.every = every or total
-        self.seconds = 0.0
+        self.seconds = 0.0  # trained until the last line
         self.trackers = list(trackers)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._bar = Bar(quiet)
         self._task = self._bar.add_task("train", total=total)
-        self._images = 0
-        self._clock = time.perf_counter()
+        self._images = 0  # at the last line
+        self._clock = time.perf_counter()  # then
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -63,46 +67,57 @@ class RunLog:
         self._bar.stop()
         self._tell(lambda tracker: tracker.end())
 
-    def begin(self, images: int, seconds: float) -> None:
-        """Stand at `images`; lines of a log that went further than the checkpoint are removed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            kept = [row for row in read_log(self.path) if row["images"] <= images]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._images, self.seconds = images, seconds
+    def begin(self, images: int, state: Mapping[str, Any] | None = None) -> None:
+        """Stand at `images`; lines of a log that went further than the checkpoint are removed.
+
+        Args:
+            state: what `state_dict` gave there: the next line is then that of a run that was never stopped.
+        """
+        self._cut(images)
+        state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
+        self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
+        self.seconds, since = state["seconds"]
         # Not an update: images of an earlier session must not count as speed of this one.
         self._bar.reset(self._task, completed=images)
         self._tell(lambda tracker: tracker.begin(images))
-        self._clock = time.perf_counter()
+        self._clock = time.perf_counter() - since
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next line will be made of."""
+        since = time.perf_counter() - self._clock
+        return {
+            "images": self._images,
+            "seconds": (self.seconds, since),
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+        }
 
     def step(self, images: int, metrics: Mapping[str, Tensor]) -> None:
         """Record one training step that ended at `images`; writes a line when `every` images have passed."""
         for name, metric in metrics.items():
             value = metric.detach()
             value = value.double() if value.device.type == "cpu" else value.float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
         self._bar.update(self._task, completed=images)
-        if images // self.every > self._images // self.every:
+        if images // self.every > self._images // self.every or images >= self.total:
             self._write(images)
 
     def note(self, images: int, values: Mapping[str, float]) -> None:
         """Write a line of its own: numbers that are no means over steps, such as those of a validation."""
         self._bar.say({name: value for name, value in values.items() if name.count("/") == 1})
-        self._line(images, {"seconds": round(self.pause(), 3)}, values)
+        self._line(images, {"seconds": round(self.seconds + time.perf_counter() - self._clock, 3)}, values)
 
     def picture(self, images: int, path: Path) -> None:
         """Show the trackers a sheet of samples, a PNG file."""
         self._tell(lambda tracker: tracker.picture(images, path))
 
-    def close(self, images: int) -> None:
-        """Write what has not been written yet."""
-        if self._sums:
-            self._write(images)
-
-    def pause(self) -> float:
-        """Seconds trained so far, to be stored in a checkpoint."""
-        return self.seconds + time.perf_counter() - self._clock
+    def _cut(self, images: int) -> None:
+        """Remove lines beyond a number of images."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            kept = [row for row in read_log(self.path) if row["images"] <= images]
+            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def _write(self, images: int) -> None:
         means: dict[str, float] = {}
@@ -121,6 +136,8 @@ class RunLog:
         finite = {name: float(f"{value:.6g}") for name, value in values.items() if math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images, **times, **finite}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could take lines that a checkpoint counts on
         self._tell(lambda tracker: tracker.numbers(images, {**times, **finite}))
 
     def _tell(self, say: Callable[[Tracker], None]) -> None:
@@ -138,9 +155,8 @@ class SilentLog(RunLog):
     def __init__(self, path: Path, total: int, every: int, *, quiet: bool = True) -> None:
         super().__init__(path, total, every, quiet=True)
 
-    def begin(self, images: int, seconds: float) -> None:
-        """Stand at `images`."""
-        self._images, self.seconds, self._clock = images, seconds, time.perf_counter()
+    def _cut(self, images: int) -> None:
+        pass
 
     def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
         pass

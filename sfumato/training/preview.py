@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.core.image import grid, to_uint8
 from sfumato.core.png import save_png
+from sfumato.diffusion.sampling import NotFinite
 
 __all__ = ["PreviewFiles"]
 
@@ -41,8 +42,11 @@ class PreviewFiles:
 
         A net that has gone wrong shows black where its pictures are not finite; the run itself checks losses.
         """
-        with torch.no_grad():
-            pictures = torch.nan_to_num(self.draw().float().cpu(), nan=-1.0, posinf=-1.0, neginf=-1.0)
+        try:
+            with torch.no_grad():
+                pictures = torch.nan_to_num(self.draw().float().cpu(), nan=-1.0, posinf=-1.0, neginf=-1.0)
+        except NotFinite:
+            pictures = torch.full((1, 3, 16, 16), -1.0)
         path = self.folder / f"{images:012d}.png"
         sheet = grid(to_uint8(pictures), columns=self.columns)
         return save_png(path, sheet, text=self.notice) if write else path

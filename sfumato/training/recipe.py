@@ -19,7 +19,7 @@ from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
 from sfumato.training.trainer import TrainerConfig
 
-__all__ = ["Recipe", "TaskConfig", "differences"]
+__all__ = ["Recipe", "TaskConfig", "differences", "retuned"]
 
 TaskConfig = Annotated[AutoencodingConfig | CaptionWordsConfig | DenoisingConfig, Field(discriminator="kind")]
 
@@ -47,6 +47,13 @@ FREE = frozenset(
         "validation.draws",
         "validation.pictures",
     }
+)
+
+# What may change too, though it changes what is computed: all that helps a run whose losses were not finite.
+TUNED = frozenset(
+    f"{optim}.{name}"
+    for optim in ("optim", "task.discriminator_optim")
+    for name in ("lr", "muon_lr", "warmup", "clip")
 )
 
 
@@ -82,7 +89,7 @@ class Recipe:
 
 
 def differences(old: Mapping[str, object], new: Recipe) -> list[str]:
-    """What a continued run would compute differently from the recipe that it was begun with.
+    """What makes another run of a recipe than the one that it was begun with.
 
     Args:
         old: the earlier recipe as JSON data.
@@ -90,10 +97,20 @@ def differences(old: Mapping[str, object], new: Recipe) -> list[str]:
     Returns: "a.b: old -> new", sorted; empty if the run may go on. A switch that the earlier recipe did not
     know and that is off changes nothing.
     """
+    return [change for key, change in _changes(old, new).items() if key not in FREE | TUNED]
+
+
+def retuned(old: Mapping[str, object], new: Recipe) -> list[str]:
+    """What a run that may go on computes differently from here, as `differences` tells it."""
+    return [change for key, change in _changes(old, new).items() if key in TUNED]
+
+
+def _changes(old: Mapping[str, object], new: Recipe) -> dict[str, str]:
+    """By setting, sorted."""
     before, after = _flat(old), _flat(to_json(new))
     before = {k: False for k, v in after.items() if v is False} | before
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed if k not in FREE]
+    return {k: f"{k}: {before.get(k)} -> {after.get(k)}" for k in changed}
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:

@@ -63,17 +63,19 @@ def train(recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def _train(recipe: Recipe, world: World, *, force: bool) -> Path:
-    pictures, kept_out = world.agree(
-        lambda: hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
-    )
-    check_shares(pictures, recipe.trainer.batch, world)
-    place = _place(recipe, pictures, world)
+    stop = Stop()
+    with stop, stop.interruptible():  # a long list of pictures
+        pictures, kept_out = world.agree(
+            lambda: hold_out(open_folder(recipe.data), recipe.validation, recipe.data)
+        )
+        check_shares(pictures, recipe.trainer.batch, world)
+        place = _place(recipe, pictures, world)
     tracked = Tracked(name=place.about.name, folder=place.out, settings=to_json(recipe))
     trackers = world.agree(lambda: open_trackers(recipe.trainer.trackers, tracked) if world.leads else [])
     devices = [place.device] if place.device.type == "cuda" else []
     with (
         contextlib.ExitStack() as stack,
-        Stop() as stop,
+        stop,
         _one_line(place.out),
         _damage_listed(place),
         torch.random.fork_rng(devices=devices),

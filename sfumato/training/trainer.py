@@ -126,10 +126,8 @@ class Trainer:
     ) -> None:
         self.task, self.batches, self.config = task, batches, config
         self.world = world = checkpoints.world
-        self.log = log
-        self.checkpoints = checkpoints
+        self.log, self.checkpoints, self.publish = log, checkpoints, publish
         self.stop = stop or Stop()
-        self.publish = publish
         self.preview: Callable[[int], object] | None = None
         self.validate: Callable[[int], object] | None = None
         self.images = self.steps = 0
@@ -171,26 +169,29 @@ class Trainer:
         """
         self.resume()
         try:
+            before = dict(self.shown)
+            self._show()  # what a run that was stopped just then still owes
+            if self.shown != before:
+                self.save()
             while self.images < self.config.images:
                 self._advance()
                 self._show()
-                if self._due(self.saved, self.config.save_every):
+                # Not after a step that was skipped: weights that broke must not push out those that had not.
+                if self._due(self.saved, self.config.save_every) and not self.in_a_row:
                     self.save()
-            self._show()
             if self.saved < self.images:
                 self.save()
         except Stopped:
             if self.saved < self.images:
                 self.save()
             raise
-        self.log.close(self.images)
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or start at nothing."""
         if (state := self.checkpoints.load(self.engine.mesh)) is not None:
             self.load_state_dict(state)
             self._publish()  # the run may have died between a checkpoint and this
-        self.log.begin(self.images, float(state["seconds"]) if state else 0.0)
+        self.log.begin(self.images, state.get("log") if state else None)
 
     def save(self) -> None:
         """Write a checkpoint of the present state, and publish the averages.
@@ -214,7 +215,7 @@ class Trainer:
             "shown": dict(self.shown),
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
-            "seconds": self.log.pause(),
+            "log": self.log.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.task.modules.items()},
             "average": self.average.state_dict(),
             "posthoc": self.posthoc.state_dict(),
@@ -261,7 +262,7 @@ class Trainer:
         where = f"{steps} until step {self.steps} ({self.images:,} images)"
         if (state := self.checkpoints.load(self.engine.mesh)) is not None:
             self.load_state_dict(state)
-            self.log.begin(self.images, float(state["seconds"]))
+            self.log.begin(self.images, state.get("log"))
         raise self.world.fail(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
 
     def _show(self) -> None:
@@ -300,5 +301,5 @@ def _advice(checkpoints: Checkpoints) -> str:
     kept = checkpoints.paths()
     return (
         f"the run is back at its last checkpoint: {kept[-1] if kept else 'none'}; "
-        "lower the learning rate or raise its warm-up"
+        "go on with a lower --optim.lr or a longer --optim.warmup"
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fractions
 import hashlib
 import pickle
@@ -41,6 +42,19 @@ def test_safetensors_round_trip_and_cast(tmp_path):
     assert torch.equal(back["w"], tensors["w"].half())
     assert torch.equal(back["t"], tensors["t"].half())
     assert read_weights(path).keys() == tensors.keys()
+
+
+def test_a_file_that_does_not_fit_is_an_os_error(tmp_path):
+    """A limit on the size of files stands in for a full disk, which the library reports in the same way."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(50_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
 
 
 def test_tensors_that_share_memory_are_written(tmp_path):

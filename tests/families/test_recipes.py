@@ -202,8 +202,8 @@ def test_another_recipe_does_not_continue_the_run(pictures, tmp_path):
     recipe = toy("toy-perceptual", pictures, tmp_path, images=8)
     train(recipe)
     before = newest(recipe.folder)
-    changed = replace(recipe, optim=replace(recipe.optim, lr=0.5))
-    with pytest.raises(ValueError, match=r"another recipe \(optim\.lr: 0\.001 -> 0\.5\)"):
+    changed = replace(recipe, optim=replace(recipe.optim, eps=0.5))
+    with pytest.raises(ValueError, match=r"another recipe \(optim\.eps: 1e-08 -> 0\.5\)"):
         train(changed)
     assert same(newest(recipe.folder), before)
     train(replace(recipe, trainer=replace(recipe.trainer, images=16)))

@@ -10,6 +10,7 @@ from torch import nn
 from sfumato.core.types import Conditioning
 from sfumato.families import RECIPES
 from sfumato.nets import NETS
+from sfumato.nets.discriminator import Discriminator
 from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.nets.lora import (
     LoraConfig,
@@ -25,6 +26,8 @@ from sfumato.nets.lora import (
     targets,
     unmerge,
 )
+from sfumato.nets.mlp import MLP
+from sfumato.nets.perceptual import PerceptualConfig, SqueezeConfig
 from sfumato.nets.tags import fused
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
 
@@ -61,9 +64,20 @@ def picture():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def recipe_net(name):
-    config = RECIPES[name]().task.net
-    return noisy(next(kind for kind in NETS.values() if kind.config is type(config)).net(config), 0.1)
+def small_net(tag):
+    """A net of each kind at toy size."""
+    tasks = {name: RECIPES[f"toy-{name}"]().task for name in ("autoencoder", "dit", "prior", "unet")}
+    configs = {
+        "autoencoder": tasks["autoencoder"].net,
+        "discriminator": tasks["autoencoder"].discriminator,
+        "dit": tasks["dit"].net,
+        "mlp": tasks["prior"].net,
+        "perceptual": PerceptualConfig(widths=(4, 8), convs=(1, 1)),
+        "perceptual_squeeze": SqueezeConfig(stem=4, fires=((2, 3),) * 8),
+        "text_transformer": tasks["dit"].text,
+        "unet": tasks["unet"].net,
+    }
+    return noisy(NETS[tag].net(configs[tag]), 0.1).eval()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -99,9 +113,9 @@ def test_the_parts_of_a_fused_layer_have_pairs_of_their_own(net):
     torch.testing.assert_close(change[:, :4], first)
 
 
-@pytest.mark.parametrize("name", ["toy-dit", "toy-unet", "toy-autoencoder", "toy-perceptual"])
-def test_merging_computes_the_same_in_every_net_and_comes_back_bit_for_bit(name):
-    net = recipe_net(name)
+@pytest.mark.parametrize("tag", NETS)
+def test_merging_computes_the_same_in_every_net_and_comes_back_bit_for_bit(tag):
+    net = small_net(tag)
     base = {k: v.clone() for k, v in net.state_dict().items()}
     adapter = noisy(inject(net, EVERY), 0.1)
     assert len(adapter.pairs) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in net.modules())
@@ -124,7 +138,7 @@ def base_of(base, adapter):
 def called(net):
     """The net at fixed arguments of whatever it takes."""
     g = torch.Generator().manual_seed(2)
-    x, t = torch.randn(2, 3, 16, 16, generator=g), torch.tensor([3.0, 400.0])
+    x, t = torch.randn(2, 3, 32, 32, generator=g), torch.tensor([3.0, 400.0])
     cond = Conditioning(
         tokens=torch.randn(2, 5, 16, generator=g),
         mask=torch.ones(2, 5, dtype=torch.bool),
@@ -135,7 +149,11 @@ def called(net):
             return net.decode(net.encode(x).mean)
         if hasattr(net, "trunk"):
             return net.trunk(x)[-1]
-        return net(x, t, cond)
+        if isinstance(net, TextTransformer):
+            return net(torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.bool))[0]
+        if isinstance(net, Discriminator):
+            return net(x)
+        return net(x[:, :, 0, :4].flatten(1) if isinstance(net, MLP) else x, t, cond)
 
 
 def test_adapters_add_up_with_their_weights_merged_or_not(net):
@@ -248,7 +266,7 @@ def test_the_default_targets_are_the_projections_of_attention():
     ]
     tower = TextTransformer(TextTransformerConfig(vocab_size=9, width=8, depth=1, heads=2))
     assert list(targets(tower, LoraConfig().targets)) == ["blocks.0.attention.qkv", "blocks.0.attention.out"]
-    unet = targets(recipe_net("toy-unet"), LoraConfig().targets)
+    unet = targets(small_net("unet"), LoraConfig().targets)
     assert {n.rsplit(".", 1)[1] for n in unet} == {"q", "k", "v", "token_k", "token_v", "out"}
     assert all("attention" in n for n in unet)
 

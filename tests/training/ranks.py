@@ -20,9 +20,19 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from dying import ended, pictures, recipe
+from dying import ended, pictures
 
 STEPS, BATCH = 6, 6
+
+
+def recipe(name: str, data: Path, out: Path, images: int):
+    """A toy recipe that shows often and logs every step."""
+    from sfumato.families import RECIPES
+
+    toy = RECIPES[name]()
+    cadence = {"log_every": 4, "preview_every": 8, "save_every": 8, "keep": 1}
+    trainer = replace(toy.trainer, images=images, device="cpu", quiet=True, **cadence)
+    return replace(toy, data=replace(toy.data, path=data), trainer=trainer, out=out)
 
 
 def processes(size: int, work) -> list[int]:

@@ -179,7 +179,8 @@ with joined("cpu", seconds=2) as world:
 def test_processes_that_see_different_data_or_a_batch_that_cannot_be_shared_are_refused(tmp_path):
     work = """
 from dataclasses import replace
-from dying import pictures, recipe
+from dying import pictures
+from ranks import recipe
 from sfumato.training.run import train
 toy = recipe("toy-dit", pictures(folder / f"data-{{rank if {apart} else 0}}"), folder / "run", 12)
 if {apart} and rank == 1:
@@ -200,7 +201,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tm
         tmp_path,
         """
 import os, signal
-from dying import pictures, recipe
+from dying import pictures
+from ranks import recipe
 from sfumato.training.run import train
 from sfumato.training.signals import Stopped
 from sfumato.training.step import Step

@@ -25,7 +25,7 @@ def test_a_histogram_gives_the_share_that_occurs_and_the_perplexity():
 def test_a_log_line_speaks_of_all_codes_of_its_window_and_not_of_the_mean_batch(tmp_path):
     """Two batches of one code each use two of four codes; a mean over batches would say one."""
     log = RunLog(tmp_path / "log.jsonl", 8, 4, quiet=True)
-    log.begin(0, 0.0)
+    log.begin(0)
     for i, code in enumerate((0, 1, 3, 3)):
         log.step(2 * i + 2, {"g/codes": torch.bincount(torch.tensor([code] * 6), minlength=4)})
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

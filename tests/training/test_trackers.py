@@ -48,7 +48,7 @@ def a_run(log_folder, names):
     Image.new("RGB", (6, 4), "red").save(sheet)
     log = RunLog(log_folder / "log.jsonl", 40, 20, quiet=True, trackers=open_trackers(names, run))
     with log:
-        log.begin(20, 0.0)
+        log.begin(20)
         log.step(40, {"g/loss": torch.tensor(0.25)})
         log.note(40, {"validation/loss": 0.5})
         log.picture(40, sheet)
@@ -127,7 +127,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, caplog):
 
     tracker = SimpleNamespace(begin=lambda images: None, numbers=fail, end=lambda: told.append("end"))
     with RunLog(tmp_path / "log.jsonl", 40, 10, quiet=True, trackers=[tracker]) as log:
-        log.begin(0, 0.0)
+        log.begin(0)
         for images in (10, 20, 30):
             log.step(images, {"a": torch.tensor(1.0)})
     assert told == [10]

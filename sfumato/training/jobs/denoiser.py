@@ -17,6 +17,7 @@ from sfumato.core.png import write_whole
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.core.world import World
+from sfumato.diffusion.sampling import NotFinite
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
@@ -226,12 +227,17 @@ def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
 
 def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
     """Pictures or embeddings; picture i has seed i, and each process draws some."""
-    own, mine = list[Tensor](), world.share(wanted.n)
-    if mine:
-        done = system.run(wanted.rows(mine), seed=list(mine))
-        rows = done.low_res if done.low_res is not None else done.image_embed
-        assert rows is not None
-        own = list(rows.cpu())
+    own, mine, broken = list[Tensor](), world.share(wanted.n), 0
+    try:
+        if mine:
+            done = system.run(wanted.rows(mine), seed=list(mine))
+            rows = done.low_res if done.low_res is not None else done.image_embed
+            assert rows is not None
+            own = list(rows.cpu())
+    except NotFinite:
+        broken = 1
+    if world.most(broken):  # on one process is on all, which would wait for it
+        raise NotFinite("a picture of the preview is not finite")
     return torch.stack(world.together(own, wanted.n))
 
 
