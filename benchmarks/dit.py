@@ -60,7 +60,8 @@ class Side:
     """One loop.
 
     Attributes:
-        seconds: of a step, median over its turns; `slower` than ours by the ratios within each turn.
+        seconds: of a step, median over its turns.
+        slower, cpu: than ours, by the wall and in CPU time: ratios within each turn.
         peak_mb: most memory that its process held.
         gflop: of a step, as products of matrices cost; exact.
         gemm_share: of the machine's rate, that these reach with everything else in the step.
@@ -70,6 +71,7 @@ class Side:
     name: str
     seconds: float
     slower: Spread
+    cpu: Spread
     peak_mb: float
     gflop: float
     gemm_share: float
@@ -227,8 +229,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Side], float]:
     for name, own, last in zip(LOOPS, bursts, said, strict=True):
         seconds = statistics.median(burst.wall / arguments.steps for burst in own)
         slower = Spread.of([b.wall / a.wall for a, b in zip(bursts[0], own, strict=True)])
+        cpu = Spread.of([b.cpu / a.cpu for a, b in zip(bursts[0], own, strict=True)])
         share = last["gflop"] / seconds / max(rates)
-        sides.append(Side(name, seconds, slower, last["peak"], last["gflop"], share, last["answer"]))
+        sides.append(Side(name, seconds, slower, cpu, last["peak"], last["gflop"], share, last["answer"]))
     return sides, max(rates)
 
 
@@ -240,10 +243,16 @@ def table(sides: Sequence[Side], rate: float, driver: float, arguments: argparse
         f"{driver / sides[0].seconds:.2%} of it"
     )
     made.add_column("loop")
-    for head in ("s/step", "slower by", "peak MB", "GFLOP/step", "of GEMM"):
+    for head in ("s/step", "slower by", "in CPU time", "peak MB", "GFLOP/step", "of GEMM"):
         made.add_column(head, justify="right")
     for side in sides:
-        numbers = f"{side.seconds:.4f}", str(side.slower), f"{side.peak_mb:.0f}", f"{side.gflop:.1f}"
+        numbers = (
+            f"{side.seconds:.4f}",
+            str(side.slower),
+            str(side.cpu),
+            f"{side.peak_mb:.0f}",
+            f"{side.gflop:.1f}",
+        )
         made.add_row(side.name, *numbers, f"{side.gemm_share:.0%}")
     return made
 
