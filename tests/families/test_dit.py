@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfumato
+from sfumato.checkpoints.foreign import Foreign
 from sfumato.cli import main
 from sfumato.core.random import Noise
-from sfumato.core.types import Inputs
+from sfumato.core.types import Conditioning, Inputs
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.spacings import respaced_indices
+from sfumato.families.assembly import system_of
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.nets.dit import DiT, DiTConfig
 
@@ -42,8 +44,6 @@ def latents(system: sfumato.System, labels: list[int], **request: object) -> tor
 
 def guided(net: DiT, x: torch.Tensor, t: float, labels: list[int], scale: float) -> torch.Tensor:
     """forward_with_cfg in the references' way; the rows of cond."""
-    from sfumato.core.types import Conditioning
-
     label = torch.tensor([*labels, *[10] * len(labels)])
     out = net(torch.cat([x, x]), torch.full((2 * len(x),), t), Conditioning(label=label))
     cond, null = out.chunk(2)
@@ -188,10 +188,16 @@ def test_what_does_not_fit_is_one_clear_line(vae, tmp_path, tiny_system, tiny_fo
         sfumato.load(tmp_path / "b.safetensors")
 
 
-def test_without_classes_a_dit_is_a_system_too():
-    from sfumato.checkpoints.foreign import Foreign
-    from sfumato.families.assembly import system_of
+def test_without_a_null_class_nothing_is_guided():
+    net = DiT(DiTConfig(width=32, depth=1, heads=2, out_channels=8, num_classes=3, null_label=False))
+    made = system_of(Foreign({"net": net}, {"net": "dit"}, {"net": {"input_size": 8}}))
+    assert made.config.stages[0].defaults.guidance == CFG()
+    assert latents(made, [0, 2], steps=2).shape == SHAPE
+    with pytest.raises(ValueError, match=r"label 3 is out of range: this DiT has classes 0\.\.2$"):
+        latents(made, [0, 2], steps=2, guidance=2.0)
 
+
+def test_without_classes_a_dit_is_a_system_too():
     net = DiT(DiTConfig(width=32, depth=1, heads=2, out_channels=8))
     made = system_of(Foreign({"net": net}, {"net": "dit"}, {"net": {"input_size": 8}}))
     assert made.config.stages[0].conditioners == ()

@@ -78,10 +78,10 @@ def _settings(shapes: Shapes, given: Settings) -> Settings:
         "num_classes": rows - bool(dropout),
         "learn_sigma": outputs == 2 * channels,
     }
-    ratio = given.get("mlp_ratio", hidden / width)
-    if int(width * float(str(ratio))) != hidden:
+    ratio = given.pop("mlp_ratio", None)
+    if ratio is not None and int(width * float(str(ratio))) != hidden:
         raise ValueError(f"the config says mlp_ratio {ratio}, the tensors say {hidden / width:g}")
-    free = {"num_heads": _heads(given, width), "class_dropout_prob": dropout, "mlp_ratio": ratio}
+    free = {"num_heads": _heads(given, width), "class_dropout_prob": dropout}
     return settled(given, read, free) | {"mlp_ratio": hidden / width}
 
 
