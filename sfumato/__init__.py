@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.api import generate, load, save, train
+    from sfumato.api import generate, load, load_nets, save, save_nets, train
     from sfumato.core.types import Inputs
     from sfumato.systems.system import System
 
-__all__ = ["Inputs", "System", "__version__", "generate", "load", "save", "train"]
+__all__ = ["Inputs", "System", "__version__", "generate", "load", "load_nets", "save", "save_nets", "train"]
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,9 @@ _HOMES = {
     "System": "sfumato.systems.system",
     "generate": "sfumato.api",
     "load": "sfumato.api",
+    "load_nets": "sfumato.api",
     "save": "sfumato.api",
+    "save_nets": "sfumato.api",
     "train": "sfumato.api",
 }
 

@@ -1,14 +1,17 @@
-"""What the commands, a studio and users import: load, save, generate, train."""
+"""What the commands, a studio and users import: load, save, generate, train; nets of other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from PIL import Image
+from torch import nn
 
+from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_part
+from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted
 from sfumato.systems.request import Request
@@ -17,8 +20,9 @@ from sfumato.systems.system import System, load_system, save_system
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "load", "save", "train"]
+__all__ = ["BUNDLED", "generate", "load", "load_nets", "save", "save_nets", "train"]
 
+Config = Mapping[str, object] | str | Path
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 """The system that comes with the package."""
 
@@ -26,14 +30,19 @@ BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 def load(
     path: str | Path | None = None,
     *,
+    layout: str | None = None,
+    config: Config | None = None,
+    vae: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
 ) -> System:
-    """A system from its folder; without a path the bundled one.
+    """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
     Args:
+        layout, config: of a file of another program, see `load_nets`.
+        vae: its first stage, if that is a file or folder of its own; without one it draws latents.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
         adapter: adapter.safetensors of a run on this system, merged into its weights.
@@ -43,20 +52,108 @@ def load(
     """
     if path is None and not BUNDLED.is_dir():
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
-    system = load_system(path or BUNDLED, device=device_of(device), dtype=dtype or torch.float32)
+    path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
+    if _foreign(path):
+        system = _load_foreign(path, layout, _settings(config), vae, where, held)
+    elif layout is not None or config is not None or vae is not None:
+        raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
+    else:
+        system = load_system(path, device=where, dtype=held)
     return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
 
 
-def save(system: System, path: str | Path, *, dtype: torch.dtype | None = None) -> str:
-    """Write a system as a folder that `load` reads, whole or not at all.
+def load_nets(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    config: Config | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, nn.Module]:
+    """The networks of a file or folder by part: "net" (the denoiser, `net(x, t, cond)`), "vae", ...
 
     Args:
+        path: a .pt, .ckpt or .safetensors file, a diffusers model or pipeline folder, or a system's folder.
+        layout: a name in sfumato.checkpoints.layouts.LAYOUTS; None = found by the names of the tensors. DiT
+            and SiT have the same names: "sit" must be said.
+        config: settings of the net by the names of the reference's constructor, or a JSON file of them; what
+            is left out is inferred from names and shapes.
+        device, dtype: as of `load`.
+
+    Raises: ValueError in one line naming the file, what was expected and what was found.
+    """
+    path, where, held = Path(path), device_of(device), dtype or torch.float32
+    if (path / MANIFEST).is_file() and layout is None and config is None:
+        return dict(read_folder(path, device=where, dtype=held).parts.nets)
+    return dict(read_foreign(path, layout=layout, config=_settings(config), device=where, dtype=held).nets)
+
+
+def save(
+    system: System, path: str | Path, *, layout: str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """Write a system as a folder that `load` reads, whole or not at all; or for another program.
+
+    Args:
+        layout: None = sfumato's own; "dit" or "sit" = the denoiser as a .pt or .safetensors file;
+            "dit-diffusers" = a folder for diffusers' DiTPipeline.
         dtype: of the stored weights; None = as they are in memory.
 
-    Returns: the fingerprint of what was written.
-    Raises: ValueError in one line if it cannot be written.
+    Returns: the fingerprint of what was written, "" in another layout.
+    Raises: ValueError in one line if it cannot be written, or another program would draw other pictures.
     """
-    return save_system(system, path, dtype=dtype)
+    if layout is None:
+        return save_system(system, path, dtype=dtype)
+    from sfumato.families.assembly import write_system
+
+    write_system(system, path, layout, dtype=dtype)
+    return ""
+
+
+def save_nets(
+    nets: Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    layout: str,
+    config: Config | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write networks for another program: the inverse of `load_nets` for layouts of one network.
+
+    Args:
+        nets: one network by its part.
+        path: a .pt or .safetensors file; a folder for layouts of diffusers' classes.
+        config: settings that the network does not know, such as input_size.
+
+    Raises: ValueError in one line if the layout cannot hold it, or would compute something else.
+    """
+    if len(nets) != 1:
+        raise ValueError(f"save_nets got {', '.join(nets) or 'no network'}; give one network at a time")
+    write_part(next(iter(nets.values())), path, layout, extra=_settings(config), dtype=dtype)
+
+
+def _foreign(path: Path) -> bool:
+    """Whether the path is a weights file, or a folder of diffusers."""
+    return path.is_file() or ((path / INDEX).is_file() or (path / CONFIG).is_file())
+
+
+def _load_foreign(
+    path: Path,
+    layout: str | None,
+    config: Mapping[str, object],
+    vae: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> System:
+    from sfumato.families.assembly import system_of
+
+    found = read_foreign(path, layout=layout, config=config, device=device, dtype=dtype)
+    if vae is not None:
+        found += read_foreign(vae, device=device, dtype=dtype)
+    return system_of(found)
+
+
+def _settings(config: Config | None) -> Mapping[str, object]:
+    return read_json(Path(config)) if isinstance(config, str | Path) else dict(config or {})
 
 
 def generate(

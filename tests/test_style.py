@@ -18,7 +18,9 @@ DATA_TABLES: frozenset[str] = frozenset()
 # Public functions that may speak of Any: they take or give JSON, a tree of torch's states, or any config.
 ANY_ALLOWED = frozenset(
     {
+        "sfumato/checkpoints/foreign.py:read_json",
         "sfumato/core/config.py:to_json",
+        "sfumato/families/schedulers.py:sampling_of",
         "sfumato/training/architecture.py:restore",
         "sfumato/training/log.py:RunLog.begin",
         "sfumato/training/posthoc.py:fit",

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,12 +75,15 @@ def read_safetensors(path: str | Path, device: torch.device | str = "cpu") -> di
 def read_pickled(path: str | Path) -> dict[str, object]:
     """The mapping that torch.save wrote, by torch's restricted unpickler: tensors and plain containers.
 
+    argparse's Namespace counts as one: training scripts keep their arguments in it.
+
     Raises: ValueError in one line with the path if the file is missing, damaged, no mapping, or holds any
     object that would have to be imported.
     """
     path = _existing(path)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {_refused(error)}") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:

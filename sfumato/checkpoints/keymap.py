@@ -18,6 +18,8 @@ __all__ = [
     "LeafTable",
     "Op",
     "Row",
+    "copied",
+    "flattened",
     "regrouped",
     "squeezed",
     "stacked",
@@ -102,6 +104,29 @@ def squeezed(*axes: int) -> Op:
         return v
 
     return _each(load, save, SAME)
+
+
+def flattened(*shape: int) -> Op:
+    """Trailing axes of this shape in the file that are one axis of ours: a kernel of patches."""
+
+    def load(v: Tensor) -> Tensor:
+        if tuple(v.shape[-len(shape) :]) != shape:
+            raise ValueError(f"its last axes are not {shape}")
+        return v.flatten(-len(shape))
+
+    return _each(load, lambda v: v.reshape(*v.shape[:-1], *shape), SAME)
+
+
+def copied(times: int) -> Op:
+    """Equal tensors of the file that are one of ours."""
+
+    def load(tensors: Tensors) -> Tensors:
+        first = tensors[0]
+        if not first.is_meta and not all(torch.equal(v, first) for v in tensors):
+            raise ValueError("they should be copies of one tensor, and differ")
+        return (first,)
+
+    return Op(load, lambda tensors: tensors * times)
 
 
 def stacked(parts: int) -> Op:
@@ -246,10 +271,11 @@ def _mapped(
         try:
             result.update(zip(targets, change(tensors), strict=True))
         except (ValueError, RuntimeError) as error:
-            held = ", ".join(f"{name!r} {tuple(v.shape)}" for name, v in zip(sources, tensors, strict=True))
-            raise ValueError(
-                f"{where}: {held} cannot become {', '.join(map(repr, targets))}: {str(error).splitlines()[0]}"
-            ) from None
+            named = list(zip(sources, tensors, strict=True))
+            held = ", ".join(f"{name!r} {tuple(v.shape)}" for name, v in named[:SHOWN])
+            more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+            reason, made = str(error).splitlines()[0], ", ".join(map(repr, targets))
+            raise ValueError(f"{where}: {held}{more} cannot become {made}: {reason}") from None
     return result
 
 

@@ -29,7 +29,7 @@ from sfumato.core.registry import unknown
 from sfumato.nets import NETS
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CARD", "MANIFEST", "Folder", "Parts", "read_folder", "strict_json", "write_folder"]
+__all__ = ["CARD", "MANIFEST", "Folder", "Parts", "read_folder", "staging", "strict_json", "write_folder"]
 
 MANIFEST, CARD = "system.json", "MODEL_CARD.md"
 VERSION = 1
@@ -115,9 +115,9 @@ def write_folder(path: str | Path, folder: Folder, *, dtype: torch.dtype | None 
         raise ValueError(f"{path} exists and is no sfumato system; choose a new folder, or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(path) as staging:
-            manifest = _fill(staging, folder, dtype)
-            _replace(staging, path)
+        with staging(path) as new:
+            manifest = _fill(new, folder, dtype)
+            _replace(new, path)
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error}; choose a folder you may write to"
@@ -221,23 +221,23 @@ def _check_digest(file: Path, entry: FileEntry) -> None:
 
 
 @contextlib.contextmanager
-def _staging(path: Path) -> Iterator[Path]:
+def staging(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, removed afterwards whatever happens."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        staging.chmod(0o755)  # mkdtemp makes it private
-        yield staging
+        new.chmod(0o755)  # mkdtemp makes it private
+        yield new
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def _replace(staging: Path, path: Path) -> None:
+def _replace(new: Path, path: Path) -> None:
     """Move the finished folder into place; the old one goes only when the new one is there."""
-    old = staging.with_name(f"{staging.name}.old")
+    old = new.with_name(f"{new.name}.old")
     if path.exists():
         os.rename(path, old)
     try:
-        os.rename(staging, path)
+        os.rename(new, path)
     except BaseException:  # Ctrl-C too
         if old.exists():
             os.rename(old, path)

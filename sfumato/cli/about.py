@@ -22,7 +22,13 @@ class Info:
     """Say what a system consists of, and under which license."""
 
     system: Positional[Path | None] = None
-    """Folder of the system; by default the one that comes with sfumato."""
+    """Folder of the system, or a file or folder of another program; by default the one that comes with
+    sfumato.
+    """
+    layout: str | None = None
+    """Of another program's file: dit, sit ...; by default found by its tensors."""
+    config: Path | None = None
+    """JSON file with settings of another program's net that its file does not say."""
     json: bool = False
     """Print JSON."""
 
@@ -32,7 +38,7 @@ def info(args: list[str]) -> int:
     from sfumato.api import load
 
     flags = parse(Info, "info", args)
-    system = load(flags.system)
+    system = load(flags.system, layout=flags.layout, config=flags.config)
     if flags.json:
         print(json.dumps(describe(system), indent=1))
     else:
@@ -69,7 +75,9 @@ def _lines(system: System) -> list[str]:
     lines = [f"{name:<14}{text}" for name, text in rows if text]
     lines.append(f"networks      {len(counts)}, {sum(counts.values()) / 1e6:.2f}M parameters")
     for name, net in system.parts.nets.items():
-        lines.append(f"  {name:<12}{NETS.tag(net)}, {counts[name] / 1e6:.2f}M parameters")
+        convention = getattr(getattr(net, "config", None), "convention", None)
+        whose = f", {convention} convention" if convention else ""
+        lines.append(f"  {name:<12}{NETS.tag(net)}, {counts[name] / 1e6:.2f}M parameters{whose}")
     for config, stage in zip(system.config.stages, system.stages, strict=True):
         lines += [f"stage         {config.name}", *(f"  {a:<12}{b}" for a, b in _stage_rows(config, stage))]
     return lines

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sfumato.core.types import Conditioning, Denoised, Level, expand
+from sfumato.diffusion.grid import Grid
 from sfumato.diffusion.parameterization import Parameterization
 from sfumato.diffusion.schedules import NoiseSchedule
 
@@ -22,7 +23,7 @@ class Net(Protocol):
     """A network: (B, C_in, ...), (B,), conditioning -> (B, C, ...), or (B, 2C, ...) with a learned variance.
 
     It must not change its arguments. It may also offer `prepare(cond) -> cond`, which computes once what
-    depends on neither x_t nor t.
+    depends on neither x_t nor t, and `plan(times) -> Net`, the net for a walk over these times.
     """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
@@ -62,6 +63,11 @@ class Denoiser:
         """What the net can compute from the conditioning alone, once per walk instead of once per step."""
         prepare = getattr(self.net, "prepare", None)
         return prepare(cond) if prepare is not None and cond.kv is None else cond
+
+    def planned(self, grid: Grid) -> Denoiser:
+        """The denoiser for one walk, whose net may compute ahead what depends on its times alone."""
+        plan = getattr(self.net, "plan", None)
+        return self if plan is None else replace(self, net=plan(grid.t[~grid.t.isnan()]))
 
     def raw(self, x_t: Tensor, level: Level, cond: Conditioning) -> NetOutput:
         """The network's output F in the dtype of x_t, its variance half split off.

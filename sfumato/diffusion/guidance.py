@@ -72,11 +72,12 @@ class CFG:
         if self.scale == 1:
             return _conditional(denoiser, cond)
         both = denoiser.prepare(Conditioning.cat([cond, null]))
+        alone = both.map(lambda v: v[: len(v) // 2])
 
         def guided(x_t: Tensor, level: Level) -> Denoised:
             scale = _inside(self.interval, level, self.scale, 1.0)
             if scale is None:
-                return denoiser(x_t, level, both.map(lambda v: v[: len(x_t)]))
+                return denoiser(x_t, level, alone)
             positive, negative = _rows(denoiser, x_t, level, both, 2)
             mixed = _mix(negative, positive, self._weight(scale, x_t))
             phi = _inside(self.interval, level, self.rescale, 0.0) if self.rescale else None

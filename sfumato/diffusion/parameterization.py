@@ -14,7 +14,18 @@ from torch import Tensor
 from sfumato.core.registry import Registry
 from sfumato.core.types import Level, expand
 
-__all__ = ["PARAMETERIZATIONS", "Coefficients", "Parameterization", "edm", "eps", "flow", "target", "v", "x0"]
+__all__ = [
+    "PARAMETERIZATIONS",
+    "Coefficients",
+    "Parameterization",
+    "edm",
+    "eps",
+    "flow",
+    "target",
+    "v",
+    "velocity",
+    "x0",
+]
 
 
 class Coefficients(NamedTuple):
@@ -56,6 +67,13 @@ def flow(level: Level) -> Coefficients:
     """
     total = level.alpha + level.sigma
     return Coefficients(total.reciprocal(), -level.sigma / total, torch.ones_like(total))
+
+
+@PARAMETERIZATIONS("velocity")
+def velocity(level: Level) -> Coefficients:
+    """F = x0 - eps: `flow` towards the data, as SiT has it (Ma et al. 2024, arXiv:2401.08740)."""
+    skip, out, inp = flow(level)
+    return Coefficients(skip, -out, inp)
 
 
 def edm(sigma_data: float = 0.5) -> Parameterization:

@@ -233,7 +233,8 @@ class Flow:
         shift: above 1 moves the levels towards noise, for large pictures (Esser et al. 2024,
             arXiv:2403.03206, eq. 23).
         end: the noisiest time of the grids, at most 1; nets that predict eps need an end below 1.
-        multiplier: the network embeds multiplier * t' (1000 for SD3 and FLUX, 1 for SiT).
+        multiplier: the network embeds multiplier * t' (1000 for SD3 and FLUX).
+        towards_data: the network embeds multiplier * (1 - t') (SiT, with multiplier 1).
 
     Liu et al. 2022 (arXiv:2209.03003).
     """
@@ -242,6 +243,7 @@ class Flow:
     shift: float = 1.0
     end: float = 1.0
     multiplier: float = 1.0
+    towards_data: bool = False
 
     def __post_init__(self) -> None:
         _check_end(self.end)
@@ -258,7 +260,8 @@ class Flow:
         t = _time_within(t, 1)
         below = 1 + (self.shift - 1) * t
         sigma = self.shift * t / below
-        return Level(sigma * self.multiplier, (1 - t) / below, sigma)
+        alpha = (1 - t) / below
+        return Level((alpha if self.towards_data else sigma) * self.multiplier, alpha, sigma)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         """t in [0, 1] before the shift: sigma / alpha = shift t / (1 - t)."""

@@ -62,15 +62,27 @@ def trailing(schedule: NoiseSchedule, steps: int, *, clean_end: bool = True) -> 
 
 
 @SPACINGS("linspace")
-def linspace(schedule: NoiseSchedule, steps: int, *, rounding: bool = True, clean_end: bool = True) -> Grid:
+def linspace(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    rounding: bool = True,
+    clean_end: bool = True,
+    last: float | None = None,
+) -> Grid:
     """Evenly in time from the noisiest to the cleanest level, the latter only if it has noise (not in flow).
 
     Args:
         rounding: on a discrete schedule round to whole indices, half to even after numpy's linspace; False
             takes fractional ones (k-diffusion).
+        last: the cleanest time visited, instead of the schedule's (0.04 for the SDE of SiT).
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
+    if last is not None:
+        if not clean < last < noisy:
+            raise ValueError(f"last={last:g} is not inside this schedule; allowed: {clean:g} to {noisy:g}")
+        return _grid(schedule, _line(noisy, last, steps), clean_end)
     if Point.of(schedule(torch.tensor(clean, dtype=torch.float64))).sigma > 0:
         t = _line(noisy, clean, steps)
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sfumato.families import latent, scenes  # noqa: F401 (fill RECIPES)
+from sfumato.families import dit, latent, scenes  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES
 
-__all__ = ["RECIPES"]
+__all__ = ["ASSEMBLIES", "PUBLICATIONS", "RECIPES"]

@@ -62,6 +62,7 @@ NETS = NetTable(
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
+        "edm2": ("edm2", "EDM2Config", "EDM2"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),

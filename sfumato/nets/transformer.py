@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.nets.patches import Rotation, rotate
 from sfumato.nets.tags import fused
 
-__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "merge_heads", "split_heads"]
+__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "SwiGLU", "merge_heads", "split_heads"]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -37,11 +38,20 @@ class SelfAttention(nn.Module):
         self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-        """x (B, L, D); mask (B, L) bool, True = may be attended to; causal = by what comes later only."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False, turn: Rotation | None = None
+    ) -> Tensor:
+        """x (B, L, D); mask (B, L) bool, True = may be attended to.
+
+        Args:
+            causal: what comes later is not attended to.
+            turn: rotary positions.
+        """
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        keys = None if mask is None else mask[:, None, None, :]
         q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        keys = None if mask is None else mask[:, None, None, :]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
         return self.out(merge_heads(y))
 
@@ -91,3 +101,19 @@ class FeedForward(nn.Module):
         if self.approximate == "quick":
             return self.down(h * (1.702 * h).sigmoid())
         return self.down(F.gelu(h, approximate=self.approximate))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(a) * b), with (a, b) = up(x) (Shazeer 2020, arXiv:2002.05202).
+
+    With two thirds of the hidden width it has the parameters of a FeedForward.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = fused(nn.Linear(dim, 2 * hidden), 2)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(a) * b)

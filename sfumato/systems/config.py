@@ -141,9 +141,10 @@ class TokenTextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """See conditioners.label.LabelCond."""
+    """See conditioners.label.LabelCond; `names` are those of the classes, for people."""
 
     num_classes: int
+    names: tuple[str, ...] = ()
     kind: Literal["label"] = "label"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner, Unconditional
 from sfumato.core.random import Noise
-from sfumato.core.types import Conditioning, Denoised, Inputs
+from sfumato.core.types import Denoised, Inputs
 from sfumato.diffusion.constraints import constrained
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
 from sfumato.diffusion.sampling import Run, integrate
@@ -121,11 +121,10 @@ class Stage:
             like = torch.zeros(inputs.n, *shape, device=self.device)
             place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
             beginning = options.start.begin(inputs, place)
-            x = self._walk(self._denoise(cond, null, options), beginning, options, noise, observe)
+            denoise = options.guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
+            denoise = constrained(denoise, threshold=options.threshold)
+            x = self._walk(denoise, beginning, options, noise, observe)
             return self._result(inputs, x, options)
-
-    def _denoise(self, cond: Conditioning, null: Conditioning, options: SampleOptions) -> DenoiseFn:
-        return constrained(options.guidance.bind(self.denoiser, cond, null), threshold=options.threshold)
 
     def _walk(
         self,

@@ -147,13 +147,12 @@ class Sharded:
         self.mesh = init_device_mesh(device.type, (world.size,))
         for module in task.modules.values():
             module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 needs it
-            for layer in (layer for layer in module.modules() if entrances_of(layer)):
-                fully_shard(layer, mesh=self.mesh)
+            units = {module, *blocks_of(module)}
+            for layer in reversed(list(module.modules())):  # what is inside first
+                if layer in units or entrances_of(layer):
+                    fully_shard(layer, mesh=self.mesh)
                 for method in entrances_of(layer):
                     register_fsdp_forward_method(layer, method)
-            for block in blocks_of(module):
-                fully_shard(block, mesh=self.mesh)
-            fully_shard(module, mesh=self.mesh)
 
     def backward(
         self, phase: str, forward: Forward, optimizer: PhaseOptimizer, *, share: float, last: bool

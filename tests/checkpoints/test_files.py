@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fractions
 import hashlib
 import pickle
 
@@ -81,9 +82,14 @@ def test_no_pickle_is_executed(tmp_path):
 
 
 def test_foreign_objects_are_named(tmp_path):
-    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"argparse\.Namespace"):
+    torch.save({"when": fractions.Fraction(1, 2)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"fractions\.Fraction"):
         read_pickled(tmp_path / "a.pt")
+
+
+def test_arguments_of_a_training_script_are_read(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    assert read_pickled(tmp_path / "a.pt")["args"].lr == 1
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])

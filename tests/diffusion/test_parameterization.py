@@ -76,7 +76,7 @@ def test_edm_target_has_unit_variance():
 
 def test_unknown_parameterization():
     with pytest.raises(
-        ValueError, match=r"unknown parameterization 'epsilon'; .*allowed: edm, eps, flow, v, x0"
+        ValueError, match=r"unknown parameterization 'epsilon'; .*allowed: edm, eps, flow, v, velocity, x0"
     ):
         PARAMETERIZATIONS["epsilon"]
 

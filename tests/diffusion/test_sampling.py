@@ -29,10 +29,8 @@ LINEAR = SCHEDULES["linear"]()
 
 
 def test_all_samplers_are_registered():
-    expected = (
-        "ddim ddpm deis dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm euler euler_ancestral heun"
-    )
-    assert sorted(SAMPLERS) == [*expected.split(), "lms", "plms", "unipc"]
+    expected = "ddim ddpm deis dpm2 dpmpp_2m dpmpp_2m_sde dpmpp_3m_sde dpmpp_sde edm euler euler_ancestral"
+    assert sorted(SAMPLERS) == [*expected.split(), "flow_sde", "heun", "lms", "plms", "unipc"]
     with pytest.raises(ValueError, match="unknown sampler 'dpmpp2m'; did you mean 'dpmpp_2m'"):
         SAMPLERS["dpmpp2m"]
 

@@ -63,8 +63,8 @@ def test_settings_are_json_and_back():
         (("schedule", "kind"), "flw", r"f: stages\.2\.schedule.*'flw'"),
         (
             ("parameterization",),
-            "velocity",
-            r"f: stages\.2.*unknown parameterization 'velocity'; allowed: .*flow",
+            "speed",
+            r"f: stages\.2.*unknown parameterization 'speed'; allowed: .*flow",
         ),
         (("conditioners", 0, "kind"), "lores", r"stages\.2\.conditioners\.0.*'lores'"),
         (("codec", "kind"), "pixel", r"stages\.2\.codec.*'pixel'"),

@@ -1,1 +1,8 @@
-"""The layouts of published files, one table each."""
+"""Published file layouts, a table each: `LAYOUTS` has them by name once this package is imported."""
+
+from __future__ import annotations
+
+from sfumato.checkpoints.layouts import autoencoder, dit, edm2
+from sfumato.checkpoints.layouts.layout import LAYOUTS
+
+__all__ = ["LAYOUTS", "autoencoder", "dit", "edm2"]

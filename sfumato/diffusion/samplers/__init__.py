@@ -1,6 +1,7 @@
 """The samplers; importing this package fills SAMPLERS."""
 
 from sfumato.diffusion.samplers.ancestral import ddim, ddpm, euler_ancestral
+from sfumato.diffusion.samplers.flow_sde import flow_sde
 from sfumato.diffusion.samplers.multistep import deis, dpmpp_2m, lms, plms, unipc
 from sfumato.diffusion.samplers.ode import dpm2, edm, euler, heun
 from sfumato.diffusion.samplers.sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
@@ -17,6 +18,7 @@ __all__ = [
     "edm",
     "euler",
     "euler_ancestral",
+    "flow_sde",
     "heun",
     "lms",
     "plms",

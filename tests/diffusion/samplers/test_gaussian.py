@@ -41,7 +41,7 @@ FAMILIES = {
     "flow_shift3": (Flow(shift=3), "linspace", {}, lambda t: t / (3 - 2 * t)),
 }
 PURE_NOISE = {"zero_snr", "continuous_cosine", "flow", "flow_shift3"}
-FIRST_ORDER = {"ddpm", "ddim", "euler", "euler_ancestral"}
+FIRST_ORDER = {"ddpm", "ddim", "euler", "euler_ancestral", "flow_sde"}
 VARIANTS = [
     *((name, {}) for name in SAMPLERS),
     ("ddpm", {"variance": "large"}),
@@ -56,6 +56,9 @@ VARIANTS = [
     ("dpmpp_2m_sde", {"solver": "heun"}),
     ("dpmpp_sde", {"eta": 0.5}),
     ("dpmpp_3m_sde", {"eta": 0.5}),
+    ("flow_sde", {"solver": "heun"}),
+    ("flow_sde", {"diffusion": "decreasing"}),
+    ("flow_sde", {"diffusion": "bump", "last_step": "mean"}),
 ]
 
 
@@ -117,6 +120,8 @@ ORDERS = [
     ("dpmpp_2m_sde", {"eta": 0.0}, 2),
     ("dpmpp_2m_sde", {"eta": 0.0, "solver": "heun"}, 2),
     ("dpmpp_3m_sde", {"eta": 0.0}, 3),
+    ("flow_sde", {"scale": 0.0}, 1),
+    ("flow_sde", {"scale": 0.0, "solver": "heun"}, 2),
     *(("lms", {"order": k}, k) for k in (1, 2, 3, 4)),
     *(("deis", {"order": k}, k) for k in (1, 2, 3)),
     *(("unipc", {"order": k, "variant": b}, k + 1) for k in (1, 2, 3) for b in ("bh1", "bh2")),
@@ -172,7 +177,7 @@ def test_better_than_euler_from_pure_noise_to_none(sampler, knobs, order, schedu
 
 
 STOCHASTIC = [("ddpm", {}), ("ddim", {"eta": 1.0}), ("euler_ancestral", {}), ("edm", {"s_churn": 10.0})]
-STOCHASTIC += [(name, {}) for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")]
+STOCHASTIC += [(name, {}) for name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "flow_sde")]
 
 
 @pytest.mark.parametrize(("sampler", "knobs"), STOCHASTIC)
@@ -240,7 +245,7 @@ def test_reversed_grid_with_its_default_end(sampler, gaussian):
     """Deterministic samplers reach pure noise, the others say what to do instead."""
     grid = SPACINGS["trailing"](SCHEDULES["linear"](), 30).reversed()
     run, x = Run(gaussian.denoise, grid, torch.randn_like), torch.randn(2, 3, dtype=torch.float64)
-    if sampler in {"ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"}:
+    if sampler in {"ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "flow_sde"}:
         with pytest.raises(ValueError, match="invert with 'ddim'"):
             integrate(SAMPLERS[sampler], run, x)
     else:

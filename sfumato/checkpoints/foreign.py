@@ -1,0 +1,273 @@
+"""Networks from files of other programs, and back: which layout it is, the nets by part, their settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights, write_safetensors
+from sfumato.checkpoints.layouts import LAYOUTS
+from sfumato.checkpoints.layouts.layout import Part, Settings
+from sfumato.checkpoints.weights import assign, floating, parameter_free
+
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
+
+INDEX, CONFIG = "model_index.json", "config.json"
+WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
+WRITTEN = (".pt", ".safetensors")
+INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
+TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a file or folder of another program held.
+
+    Attributes:
+        nets: by part: "net" is the denoiser, "vae" the first stage.
+        layouts: name of the layout, by part.
+        settings: by part, in the names of the reference's constructor.
+        extras: other JSON files of a diffusers folder by their subfolder ("scheduler"), and its
+            model_index.json as "".
+    """
+
+    nets: Mapping[str, nn.Module]
+    layouts: Mapping[str, str]
+    settings: Mapping[str, Settings]
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __add__(self, other: Foreign) -> Foreign:
+        """The parts of both; of a part that both have, the other's."""
+        return Foreign(
+            {**self.nets, **other.nets},
+            {**self.layouts, **other.layouts},
+            {**self.settings, **other.settings},
+            {**self.extras, **other.extras},
+        )
+
+
+def read_foreign(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    config: Settings | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Foreign:
+    """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
+
+    Args:
+        layout: a name in LAYOUTS; None = the first whose marks the tensors have.
+        config: settings of the net in the reference's own names, beyond what the file says of itself.
+        dtype: in which matrix and convolution weights are held; see `floating`.
+
+    Raises: ValueError in one line naming the file, what was expected and what was found.
+    """
+    path = Path(path)
+    if layout is not None:
+        LAYOUTS[layout]
+    if (path / INDEX).is_file():
+        found = _read_pipeline(path, config or {})
+    elif (path / CONFIG).is_file():
+        found = _read_folder(path, layout, config or {})
+    elif path.is_dir():
+        raise ValueError(
+            f"{path} has no system.json, {INDEX} or {CONFIG}; give a system, a model or a weights file"
+        )
+    else:
+        state, given = _unwrapped(path)
+        found = _read_state(state, layout, given | dict(config or {}), path)
+    for net in found.nets.values():
+        assign(net, floating(net, net.state_dict(), dtype), where=str(path))
+        net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.eval()
+    return found
+
+
+def write_part(
+    net: nn.Module,
+    path: str | Path,
+    layout: str,
+    *,
+    extra: Settings | None = None,
+    dtype: torch.dtype | None = None,
+) -> Settings:
+    """Write one net as a file, or as a folder with config.json where the layout is a diffusers class.
+
+    Args:
+        path: a .pt or .safetensors file, or the folder.
+        extra: settings that the net does not know, such as input_size.
+        dtype: of the stored floating tensors; None keeps each tensor's own.
+
+    Returns: the settings of what was written, in the reference's names.
+    Raises: ValueError if the layout has no place for this net, or its class would compute something else.
+    """
+    path, kind = Path(path), LAYOUTS[layout]
+    part = next((p for p in kind.parts if isinstance(p.build, type) and isinstance(net, p.build)), None)
+    if part is None:
+        raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
+    ours: Any = net.config
+    settings = part.published(ours, extra or {})
+    state = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    if not kind.diffusers and path.suffix not in WRITTEN:
+        allowed = ", ".join(WRITTEN)
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind.diffusers:
+            path.mkdir(exist_ok=True)
+            told = {"_class_name": kind.diffusers, **settings}
+            (path / CONFIG).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+            path = path / f"{WEIGHTS[0]}.safetensors"
+        if path.suffix == ".pt":
+            torch.save({name: _stored(v, dtype) for name, v in state.items()}, path)
+        else:
+            write_safetensors(path, state, dtype)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    return settings
+
+
+def _stored(v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    v = v.detach().to("cpu", dtype if v.is_floating_point() else None)
+    return v.clone(memory_format=torch.contiguous_format)  # a view would be written with all that it shows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: ValueError in one line if it is none."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {COPY_AGAIN}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; expected a JSON object")
+    return data
+
+
+def _read_pipeline(path: Path, config: Settings) -> Foreign:
+    """Every model of a diffusers pipeline whose class a layout has; the config goes to the denoiser."""
+    index = read_json(path / INDEX)
+    found = Foreign({}, {}, {}, {"": index})
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
+            continue
+        if name == "scheduler":
+            found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
+        elif (layout := _of_class(str(entry[1]))) is not None:
+            given = config if LAYOUTS[layout].parts[0].name == "net" else {}
+            found += _read_folder(path / name, layout, given)
+    if not found.nets:
+        classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
+        raise ValueError(f"{path / INDEX} names no model that sfumato reads; it reads {', '.join(classes)}")
+    return found
+
+
+def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
+    told = read_json(path / CONFIG)
+    name = str(told.get("_class_name", ""))
+    layout = layout or _of_class(name)
+    if layout is None:
+        classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
+        raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
+    known = LAYOUTS[layout].parts[0].known
+    given = {k: v for k, v in told.items() if k in known} | dict(config)
+    return _read_state(_folder_weights(path), layout, given, path)
+
+
+def _of_class(name: str) -> str | None:
+    return next((layout for layout, kind in LAYOUTS.items() if kind.diffusers == name), None)
+
+
+def _folder_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder, in one file or in shards."""
+    for stem in WEIGHTS:
+        index = path / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            return {k: v for shard in shards for k, v in read_safetensors(path / Path(shard).name).items()}
+        for ending in (".safetensors", ".bin"):
+            if (path / f"{stem}{ending}").is_file():
+                return _tensors(read_weights(path / f"{stem}{ending}"), path)
+    raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
+
+
+def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors of a weights file, and what the arguments of its training say of the net.
+
+    A training checkpoint has the net inside, and its average, which is what one draws with.
+    """
+    content = read_weights(path)
+    inside = next((content[name] for name in INSIDE if isinstance(content.get(name), Mapping)), None)
+    if inside is None:
+        return _tensors(content, path), {}
+    assert isinstance(inside, Mapping)
+    model = getattr(content.get("args"), "model", None)
+    return _tensors(inside, path), {"model": model} if isinstance(model, str) and "/" in model else {}
+
+
+def _tensors(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, v in content.items():
+        if not isinstance(v, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(v).__name__}; expected names of tensors")
+        state[name] = v
+    return state
+
+
+def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Settings, path: Path) -> Foreign:
+    """The nets of a state whose parameters are still as the file has them."""
+    name = layout or _recognized(state, path)
+    kind = LAYOUTS[name]
+    found = Foreign({}, {}, {})
+    for part in kind.parts:
+        own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
+        own = {part.renamed(n): v for n, v in own.items()}
+        net, settings = _read_part(
+            part, own, config if part.name == "net" or len(kind.parts) == 1 else {}, path
+        )
+        found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
+    return found
+
+
+def _read_part(
+    part: Part[Any], state: Mapping[str, Tensor], given: Settings, path: Path
+) -> tuple[nn.Module, Settings]:
+    shapes = {name: tuple(v.shape) for name, v in state.items()}
+    try:
+        settings = part.settings(shapes, given)
+        config = part.config(settings)
+        net = parameter_free(part.build, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    constants = part.constants(settings)
+    for name, expected in constants.items():
+        found = state.get(name)
+        if found is not None and (
+            found.shape != expected.shape
+            or not (found.is_meta or torch.allclose(found.float(), expected, rtol=0, atol=TOLERANCE))
+        ):
+            raise ValueError(
+                f"{path}: {name!r} is not the fixed table that this layout has there; it was trained"
+            )
+    rest = {name: v for name, v in state.items() if name not in constants}
+    assign(net, part.names(config).load(rest, where=str(path)), where=str(path))
+    return net, settings
+
+
+def _recognized(state: Mapping[str, Tensor], path: Path) -> str:
+    shapes = {name: tuple(v.shape) for name, v in state.items()}
+    for name, kind in LAYOUTS.items():
+        if kind.fits(shapes):
+            return name
+    first = ", ".join(map(repr, list(state)[:2])) or "none"
+    raise ValueError(
+        f"{path}: its tensors ({first}, ...) are of no known layout; allowed: {', '.join(LAYOUTS)}"
+    )

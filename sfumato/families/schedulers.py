@@ -1,0 +1,126 @@
+"""The scheduler_config.json of a diffusers folder as a schedule, a prediction and options; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.core.registry import unknown
+from sfumato.diffusion.constraints import Static
+from sfumato.diffusion.guidance import CFG
+from sfumato.diffusion.schedules import Discrete, ScheduleConfig
+from sfumato.systems.config import StageConfig
+from sfumato.systems.options import SampleOptions
+
+__all__ = ["Sampling", "ddim_config", "sampling_of"]
+
+FORMULAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "PNDMScheduler": "plms",
+    "UniPCMultistepScheduler": "unipc",
+}
+"""Class of diffusers -> our sampler."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a scheduler says of a system."""
+
+    schedule: ScheduleConfig
+    parameterization: str
+    defaults: SampleOptions
+
+
+def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Sampling:
+    """The schedule, the prediction and the default walk of a scheduler's config.
+
+    Raises: ValueError in one line for a class, formula or prediction that is unknown.
+    """
+    kind = str(config.get("_class_name", "DDIMScheduler"))
+    sampler = _known("scheduler class", SAMPLERS, kind)
+    table = config.get("trained_betas")
+    schedule = Discrete(
+        formula="betas"
+        if table
+        else _known("beta_schedule", FORMULAS, config.get("beta_schedule", "linear")),
+        steps=int(config.get("num_train_timesteps", 1000)),
+        start=None
+        if table or config.get("beta_schedule") == "squaredcos_cap_v2"
+        else config.get("beta_start", 1e-4),
+        end=None
+        if table or config.get("beta_schedule") == "squaredcos_cap_v2"
+        else config.get("beta_end", 0.02),
+        values=tuple(table or ()),
+        zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
+    )
+    spacing = config.get("timestep_spacing", "leading" if sampler in ("ddim", "ddpm", "plms") else "linspace")
+    knobs: dict[str, bool | int | float | str | None] = {}
+    if spacing == "leading" and config.get("steps_offset"):
+        knobs["offset"] = int(config["steps_offset"])
+    if not config.get("set_alpha_to_one", True):
+        knobs["clean_end"] = False
+    clips = config.get("clip_sample", sampler in ("ddim", "ddpm"))
+    return Sampling(
+        schedule,
+        _known("prediction_type", PREDICTIONS, config.get("prediction_type", "epsilon")),
+        SampleOptions(
+            sampler=sampler,
+            steps=steps,
+            spacing=str(spacing),
+            spacing_knobs=knobs,
+            guidance=guidance,
+            threshold=Static(float(config.get("clip_sample_range", 1.0))) if clips else None,
+        ),
+    )
+
+
+def ddim_config(stage: StageConfig) -> dict[str, object]:
+    """A DDIMScheduler's config for a stage.
+
+    Raises: ValueError if diffusers has no such scheduler.
+    """
+    schedule, predictions = stage.schedule, {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    formulas = {ours: theirs for theirs, ours in FORMULAS.items()}
+    if not isinstance(schedule, Discrete) or schedule.rescale_timesteps:
+        raise ValueError(f"diffusers' DDIM has no schedule {schedule.kind!r}; save it as a sfumato system")
+    formula = {"betas": "trained_betas"}.get(schedule.formula) or _known(
+        "formula", formulas, schedule.formula
+    )
+    options = stage.defaults
+    leading = options.spacing == "leading"
+    start, end = (schedule.start, schedule.end) if schedule.start is not None else _ends(schedule)
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_start": start,
+        "beta_end": end,
+        "beta_schedule": "linear" if schedule.values else formula,
+        "trained_betas": list(schedule.values) or None,
+        "rescale_betas_zero_snr": schedule.zero_snr,
+        "prediction_type": _known("parameterization", predictions, stage.parameterization),
+        "timestep_spacing": options.spacing if options.spacing in ("leading", "linspace") else "trailing",
+        "steps_offset": options.spacing_knobs.get("offset", 0) if leading else 0,
+        "set_alpha_to_one": bool(options.spacing_knobs.get("clean_end", True)),
+        "clip_sample": isinstance(options.threshold, Static),
+        "clip_sample_range": options.threshold.limit if isinstance(options.threshold, Static) else 1.0,
+    }
+
+
+def _ends(schedule: Discrete) -> tuple[float, float]:
+    """First and last beta of a table that has its formula's own."""
+    bar = schedule.alpha_bar
+    return float(1 - bar[0]), float(1 - bar[-1] / bar[-2])
+
+
+def _known(kind: str, table: Mapping[str, str], name: object) -> str:
+    if name not in table:
+        raise ValueError(unknown(kind, str(name), list(table)))
+    return table[str(name)]
