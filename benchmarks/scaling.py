@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -161,48 +162,47 @@ def plan(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Run the same training in one and in two processes of one thread, in turn."""
     rates: dict[str, list[float]] = {"1 process": [], "2 processes": [], "2 processes, sharded": []}
-    for _ in range(args.pairs):
-        for (name, found), count in zip(rates.items(), (1, 2, 2), strict=True):
-            found.append(rate(args, count, "shard" if "sharded" in name else "replicate"))
-    base = rates["1 process"]
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.pairs):
+            for name, found in rates.items():
+                found.append(
+                    rate(args, Path(folder), int(name[0]), "shard" if "sharded" in name else "replicate")
+                )
+                print(f"{name}: {found[-1]:.1f} images/s", flush=True)
     for name, found in rates.items():
-        share = [b / a / int(name[0]) for a, b in zip(base, found, strict=True)]
+        share = [b / a / int(name[0]) for a, b in zip(rates["1 process"], found, strict=True)]
         print(
-            f"{name}: {statistics.median(found):.1f} images/s; efficiency min {min(share):.2f}, "
+            f"{name}: median {statistics.median(found):.1f} images/s; efficiency min {min(share):.2f}, "
             f"median {statistics.median(share):.2f}, max {max(share):.2f}"
         )
 
 
-def rate(args: argparse.Namespace, processes: int, parallel: str) -> float:
+def rate(args: argparse.Namespace, folder: Path, processes: int, parallel: str) -> float:
     """Images per second of a run of openmoji-dit on the latents of the bundled system, start-up apart."""
+    for path in folder.iterdir():  # but the latents, which are computed once
+        if path.is_file():
+            path.unlink()
+        elif path.name != "latents":
+            shutil.rmtree(path)
     images = args.batch * args.steps * processes
-    with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command = [
-            *launch,
-            "-m",
-            "sfumato",
-            "train",
-            "openmoji-dit",
-            "--data.path",
-            args.data,
-            "--out",
-            folder,
-        ]
-        flags = {
-            "task.autoencoder": "sfumato/assets/default",
-            "trainer.images": images,
-            "trainer.batch": args.batch * processes,
-            "trainer.log-every": images // 4,
-            "trainer.preview-every": 0,
-            "trainer.save-every": 0,
-            "trainer.parallel": parallel,
-            "trainer.device": "cpu",
-        }
-        command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, "--trainer.quiet"], check=True, capture_output=True, env=env)
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "sfumato"]
+    flags = {
+        "data.path": args.data,
+        "out": folder,
+        "task.autoencoder": "sfumato/assets/default",
+        "trainer.images": images,
+        "trainer.batch": args.batch * processes,
+        "trainer.log-every": images // 4,
+        "trainer.preview-every": 0,
+        "trainer.save-every": 0,
+        "trainer.parallel": parallel,
+        "trainer.device": "cpu",
+    }
+    settings = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "train", "openmoji-dit", *settings, "--trainer.quiet"]
+    subprocess.run(command, check=True, capture_output=True, env=env)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return statistics.median(line["images_per_second"] for line in lines[1:])
 
 
