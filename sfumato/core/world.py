@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -215,7 +216,9 @@ def joined(device: str, *, seconds: float) -> Iterator[World]:
         raise ValueError(f"the processes of this run cannot reach each other: {reason}") from None
     try:
         yield world
+        world.meet()  # who leaves first would cut off who has a last word to say
     finally:
+        gc.collect()  # what talks to the others must be gone before that by which it talks
         with contextlib.suppress(RuntimeError):  # the others may be gone already
             dist.destroy_process_group()
 

@@ -140,7 +140,6 @@ class Checkpoints:
             final.rename(aside)
         try:
             writing.rename(final)
-            sync_folder(self.folder)
             if (fault := fault_of(final / STATE, own)) is not None:  # of the others it is the read-back
                 raise OSError(f"it was not read back as written ({fault})")
         except OSError:
@@ -148,6 +147,7 @@ class Checkpoints:
             if aside.exists():
                 aside.rename(final)
             raise
+        sync_folder(self.folder)
         if aside.exists():
             shutil.rmtree(aside)
 

@@ -260,9 +260,7 @@ class Trainer:
             return
         steps = f"{self.in_a_row} step{'s' if self.in_a_row > 1 else ''} in a row"
         where = f"{steps} until step {self.steps} ({self.images:,} images)"
-        if (state := self.checkpoints.load(self.engine.mesh)) is not None:
-            self.load_state_dict(state)
-            self.log.begin(self.images, state.get("log"))
+        self.resume()
         raise self.world.fail(f"{what}, {where}; it begins with {fault.culprit}; {_advice(self.checkpoints)}")
 
     def _show(self) -> None:

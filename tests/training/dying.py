@@ -88,6 +88,7 @@ def begin(args: list[str], said: Path, prepare: Callable[[], object]) -> int:
         file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         from sfumato.cli import main
 
         prepare()
