@@ -86,7 +86,7 @@ def test_evaluate_passes_its_flags_on(tiny_folder, tmp_path, monkeypatch, capsys
 
     seen = {}
 
-    def measure(system, directory, *, protocol, sheet, progress):
+    def measure(system, directory, *, protocol, sheet, progress, world):
         seen.update(system=system, directory=directory, protocol=protocol, sheet=sheet)
         progress("drawing", 1, 2)
         share = openmoji.Proportion.of(1, 4)

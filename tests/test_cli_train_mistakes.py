@@ -113,17 +113,17 @@ def test_a_checkpoint_that_is_not_that_of_the_recipe_beside_it(refused):
 
 def test_a_changed_recipe_lists_what_differs_and_needs_force(refused, capsys):
     trained("toy-dit", "--out", "run")
-    flags = ["--out", "run", "--optim.lr", "0.5", "--task.net.depth", "2"]
+    flags = ["--out", "run", "--optim.eps", "0.5", "--task.net.depth", "2"]
     said = refused("toy-dit", *flags)
     assert said == (
-        "run holds a run of another recipe (optim.lr: 0.001 -> 0.5; task.net.depth: 1 -> 2); choose another "
+        "run holds a run of another recipe (optim.eps: 1e-08 -> 0.5; task.net.depth: 1 -> 2); choose another "
         "--out, or --force to remove it and begin again"
     )
     said = refused("toy-unet", "--out", "run")
     assert "name: toy-dit -> toy-unet" in said
     assert "task.net.patch: 4 -> None" in said
     trained("toy-dit", *flags, "--force")
-    assert json.loads(Path("run/recipe.json").read_text())["optim"]["lr"] == 0.5
+    assert json.loads(Path("run/recipe.json").read_text())["optim"]["eps"] == 0.5
     assert read_folder("run/system").parts.nets["denoiser"].config.depth == 2
     assert max(row["images"] for row in read_log(Path("run/log.jsonl"))) == 8
 

@@ -48,6 +48,7 @@ class ReadAhead:
     def __enter__(self) -> ReadAhead:
         if self.count:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="sfumato-reader")
+            self._reader.submit(bool).result()  # the thread is there before a signal could come in between
         return self
 
     def __exit__(
