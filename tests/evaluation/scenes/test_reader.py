@@ -93,7 +93,7 @@ BLOB = np.hypot(*(np.mgrid[:64, :64] - 31.5)) + 4 * np.sin(3 * np.arctan2(*(np.m
         (lambda p: p[:, :, :, ::-1] // 2 + 60, "background"),
         (lambda p: np.full_like(p, 255), "count"),
         (lambda p: np.where(BLOB[..., None], (215, 25, 30), 255)[None], "object"),
-        (lambda p: np.where(np.arange(64)[:, None, None] % 14 == 3, 0, p), "count"),
+        (lambda p: np.where(np.arange(64)[:, None, None] % 11 == 3, 0, p), "count"),
         (lambda p: np.concatenate([p[:, :26], np.full_like(p[:, 26:], 255)], axis=1), "object"),
         (lambda p: np.where(np.mgrid[:64, :64].sum(0)[..., None] % 13 == 0, 90, p), "specks"),
     ],
