@@ -31,6 +31,7 @@ from sfumato.core.types import Conditioning
 from sfumato.nets.dit import DiT
 from sfumato.nets.presets.latent import sd15
 from sfumato.nets.presets.transformers import DITS
+from sfumato.nets.tags import entrances_of
 from sfumato.nets.unet import UNet
 from sfumato.training.compute import blocks_of, recompute
 
@@ -45,12 +46,15 @@ class Cost:
     Attributes:
         weights: parameters.
         block: those of the largest part that is gathered at a time.
+        gathers: how often all weights are gathered in a step: for the forward and the backward pass, and once
+            more if blocks are entered beside their forward (`nets.tags.entrances_of`).
         flops: of forward and backward pass per picture, without recomputation.
         activations: bytes kept per picture from forward to backward pass.
     """
 
     weights: int
     block: int
+    gathers: int
     flops: float
     activations: float
 
@@ -85,9 +89,11 @@ def cost(kind: str, *, recomputed: bool, half: bool) -> Cost:
         flops = [operations(kind, batch) for batch in (1, 2)]
         kept = [activations(kind, batch, recomputed=recomputed, half=half) for batch in (1, 2)]
         net, _ = example(kind, 1)
-        parts = [sum(p.numel() for p in block.parameters()) for block in blocks_of(net)]
+        blocks = list(blocks_of(net))
+        parts = [sum(p.numel() for p in block.parameters()) for block in blocks]
         weights = sum(p.numel() for p in net.parameters())
-    return Cost(weights, max(*parts, weights - sum(parts)), flops[1] - flops[0], kept[1] - kept[0])
+    gathers = 3 if any(entrances_of(block) for block in blocks) else 2
+    return Cost(weights, max(*parts, weights - sum(parts)), gathers, flops[1] - flops[0], kept[1] - kept[0])
 
 
 def operations(kind: str, batch: int) -> int:
@@ -131,7 +137,7 @@ def rows(
     states = 4 * (4 + copies) * cost.weights  # weights, gradients, two moments of AdamW, averages
     for name, memory, sent in (
         ("replicate", states, 2 * 4 * cost.weights),  # gradients: reduced, then sent to all
-        ("shard", states / gpus + 2 * 4 * cost.block, 3 * 4 * cost.weights),  # weights twice, gradients once
+        ("shard", states / gpus + 2 * 4 * cost.block, (cost.gathers + 1) * 4 * cost.weights),  # and gradients
     ):
         total = memory + cost.activations * batch
         wait = sent * ring

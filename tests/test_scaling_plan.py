@@ -30,7 +30,7 @@ def test_a_plan_counts_what_the_paper_counts_and_what_is_kept(scaling):
 
 
 def test_a_plan_adds_up_memory_and_time(scaling):
-    cost = scaling.Cost(weights=10**9, block=10**7, flops=10**12, activations=2**30)
+    cost = scaling.Cost(weights=10**9, block=10**7, gathers=2, flops=10**12, activations=2**30)
     machine = scaling.Machine(rate=1e14, inside=1e11, between=1e10)
     replicated, sharded = scaling.rows(cost, machine, 8, 16, copies=1, recomputed=False)
     # 20 bytes per weight and 1 GiB per picture; 0.16 s of work hides 7/8 * 8e9 / 1e11 = 0.07 s of sending.
