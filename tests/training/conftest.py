@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -54,3 +55,12 @@ def _same(a, b) -> bool:
 def same() -> Callable[[object, object], bool]:
     """Whether two states of a run hold the same bits; seconds of wall time apart."""
     return _same
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in the foreground: a shell lets what it starts in the background ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
