@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +59,11 @@ def share(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes(tmp_path: Path, repository: Path) -> None:
+def test_two_processes(tmp_path: Path, in_two: Callable[..., list[tuple[int, str, str]]]) -> None:
     reference = np.random.default_rng(0).integers(256, size=(41, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", reference)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, **shared, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**environment, "RANK": str(i)})
-        for i in range(2)
-    ]
-    assert [process.wait(300) for process in started] == [0, 0]
+    ended = in_two(__file__, tmp_path)
+    assert [code for code, *_ in ended] == [0, 0], ended
     figures, digests = measured(tmp_path)
     found = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
     for theirs, seen, _ in found:
