@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,36 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 def repository() -> Path:
     """The folder that holds pyproject.toml."""
     return ROOT
+
+
+@pytest.fixture
+def in_two(repository: Path) -> Callable[..., list[tuple[int, str, str]]]:
+    """Runs a Python program in two processes, as torchrun would: exit code, output and errors of each."""
+
+    def run(*args: object) -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONWARNINGS": "ignore",
+        }
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, args)],
+                env={**os.environ, **shared, "RANK": str(i), "PYTHONPATH": str(repository)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=300) for process in started]
+        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -82,6 +82,20 @@ def test_bench_scenes_prints_a_table_and_writes_result_and_sheet(run, tmp_path, 
         assert sheet.size == (12 * 40 - 2, 5 * 40 - 2)
 
 
+def test_two_processes_share_the_scenes_and_give_what_one_gives(run, tmp_path, capsys, in_two):
+    flags = [*FEW, "--splits", "seen", "counts", "--batch", "1"]
+    code, out, _ = command(capsys, "bench", "scenes", run, "--out", tmp_path / "one", *flags)
+    assert code == 0
+    both = in_two("-m", "sfumato", "bench", "scenes", run, "--out", tmp_path / "two", *flags)
+    assert both == [(0, out, ""), (0, "", "")]
+    for name in ("scenes.json", "scenes.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    both = in_two("-m", "sfumato", "bench", "scenes", run, "--out", tmp_path / "b", *flags, "--sampler", "x")
+    assert [(code, out, err != "") for code, out, err in both] == [(2, "", True), (2, "", False)]
+    assert "unknown sampler 'x'" in both[0][2]
+    assert not (tmp_path / "b").exists()
+
+
 def test_results_of_one_protocol_are_compared_and_others_refused(run, tmp_path, capsys):
     files = [tmp_path / name / "scenes.json" for name in ("a", "b")]
     for file, seed in zip(files, "01", strict=True):
@@ -133,7 +147,7 @@ def test_data_scenes_writes_shards(tmp_path, capsys):
         (["bench", "scenes", "--pictures", "0"], "pictures is 0; allowed: a whole number from 1"),
         (["bench", "scenes", "--splits", "train"], "unknown split 'train'"),
         (["bench", "scenes", "nowhere"], "nowhere"),
-        (["bench", "scenes", "--watch"], "--watch follows a run; give its folder"),
+        (["bench", "scenes", "--watch"], "--watch follows a run in one process; give its folder"),
         (["bench", "scenes", "nowhere", "--watch"], "there is no run in nowhere"),
         (["bench", "compare", "a.json"], "1 result to compare; give at least two"),
         (["bench", "compare", "a.json", "b.json"], "No such file or directory: 'a.json'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,50 @@ def test_watching(tiny_folder: Path, reference: Path, tmp_path: Path, capsys: py
     row = json.loads((run / "evaluation.jsonl").read_text())
     assert row["images"] == 8
     assert row["figures"][0]["name"] == "fid"
+
+
+def test_two_processes_share_pictures_and_one_speaks(
+    tiny_folder: Path, reference: Path, capsys: pytest.CaptureFixture, in_two: Callable
+) -> None:
+    args = ["evaluate", str(tiny_folder), "--reference", str(reference), "--metrics", "psnr", "ssim"]
+    args += ["--reconstruct", "--json", "--batch", "5", "--device", "cpu"]
+    assert cli.main(args) == 0
+    alone = json.loads(capsys.readouterr().out)
+    both = in_two("-m", "sfumato", *args)
+    assert [(code, err) for code, _, err in both] == [(0, ""), (0, "")]
+    assert (json.loads(both[0][1]), both[1][1]) == (alone, "")
+    both = in_two("-m", "sfumato", *args, "--save", "s.npz")
+    assert [(code, out) for code, out, _ in both] == [(2, ""), (2, "")]
+    assert ("--watch and --save work in one process" in both[0][2], both[1][2]) == (True, "")
+
+
+def test_results_of_one_protocol_are_compared_and_others_refused(
+    tiny_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"]
+    for file, kind in zip(files, (["--seed", "1"], ["--seed", "1"], ["--seed", "2"]), strict=True):
+        args = ["evaluate", str(tiny_folder), "--reference", str(reference), *SHORT, *kind, "--json"]
+        assert cli.main([*args, "--metrics", "fid", "is"]) == 0
+        file.write_text(capsys.readouterr().out)
+    other = json.loads(files[1].read_text())
+    other["protocol"]["samples"]["fingerprint"] = "of another system"
+    other["figures"][0]["value"] = 1234.5
+    files[1].write_text(json.dumps(other))
+    assert cli.main(["evaluate", "compare", *map(str, files[:2])]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if not line.startswith(" ")] == [str(file) for file in files[:2]]
+    assert said[4].split()[:2] == ["fid", "1234.5000"]
+    assert said[2] == said[5]
+    for wrong, message in (
+        ([files[0]], "1 result to compare; give at least two"),
+        (files, "c.json cannot be compared: samples.seed: 1, 2; measure both under one protocol"),
+        ([files[0], reference / "00.txt"], "00.txt is no result of `sfumato evaluate --json`: not JSON"),
+        ([files[0], tiny_folder / "system.json"], "system.json: figures: Field required"),
+    ):
+        assert cli.main(["evaluate", "compare", *map(str, wrong)]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert message in said.err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from sfumato.core.chart import Curve, chart
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import save_png, write_whole
 from sfumato.core.registry import unknown
+from sfumato.core.world import ALONE, World, joined
 from sfumato.evaluation.measures import Proportion
 from sfumato.evaluation.scenes.benchmark import Protocol, Result, evaluate, refuse_other_protocol, sheet
 from sfumato.evaluation.scenes.facts import FACTS
@@ -31,6 +32,7 @@ from sfumato.systems.system import System
 
 __all__ = ["bench"]
 
+WAIT = 600.0  # seconds that processes wait for each other
 WIDTH = 110  # columns where the output is no terminal
 PERCENT = "% of pictures"
 
@@ -97,18 +99,23 @@ def bench(args: list[str]) -> int:
 def scenes(args: list[str]) -> int:
     """`sfumato bench scenes`."""
     flags = parse(Scenes, "bench scenes", args)
-    check_writable(flags.out / "scenes.png")
-    if flags.watch:
-        if flags.system is None:
-            raise ValueError("--watch follows a run; give its folder")
-        for published in watch(flags.system):
-            system = load(published.folder, device=flags.device)
-            _append(flags.out, _measure(flags, system, flags.system, published.images))
-        return 0
-    folder = flags.system
-    run = folder is not None and (folder / "recipe.json").is_file() and (folder / "system").is_dir()
-    system = load(folder / "system" if folder is not None and run else folder, device=flags.device)
-    _print(_table({system.about.name: _measure(flags, system, folder, None)}))
+    with joined(flags.device, seconds=WAIT) as world:
+        world.lead(lambda: check_writable(flags.out / "scenes.png"))
+        device = world.device(flags.device)
+        if flags.watch:
+            if flags.system is None or world.size > 1:
+                raise world.fail("--watch follows a run in one process; give its folder, without torchrun")
+            for published in watch(flags.system):
+                system = load(published.folder, device=device)
+                _append(flags.out, _measure(flags, system, flags.system, published.images))
+            return 0
+        folder = flags.system
+        run = folder is not None and (folder / "recipe.json").is_file() and (folder / "system").is_dir()
+        place = folder / "system" if folder is not None and run else folder
+        system = world.agree(lambda: load(place, device=device))
+        result = _measure(flags, system, folder, None, world)
+        if world.leads:
+            _print(_table({system.about.name: result}))
     return 0
 
 
@@ -149,14 +156,26 @@ def reader(args: list[str]) -> int:
 TASKS: dict[str, Callable[[list[str]], int]] = {"scenes": scenes, "compare": compare, "reader": reader}
 
 
-def _measure(flags: Scenes, system: System, folder: Path | None, images: int | None) -> Result:
+def _measure(
+    flags: Scenes, system: System, folder: Path | None, images: int | None, world: World = ALONE
+) -> Result:
     """Score a system, and write the result and the sheet."""
     with _progress() as told:
-        result, shown = evaluate(
-            system, flags.protocol, batch=flags.batch, ema=_decay(folder), images=images, progress=told
+        progress, ema = told if world.leads else None, _decay(folder)
+        result, shown = world.agree(
+            lambda: evaluate(
+                system,
+                flags.protocol,
+                batch=flags.batch,
+                ema=ema,
+                images=images,
+                progress=progress,
+                world=world,
+            )
         )
-    write_whole(flags.out / "scenes.json", (json.dumps(to_json(result), indent=1) + "\n").encode())
-    save_png(flags.out / "scenes.png", sheet(shown), text=system.about.notice)
+    text = json.dumps(to_json(result), indent=1) + "\n"
+    world.lead(lambda: write_whole(flags.out / "scenes.json", text.encode()))
+    world.lead(lambda: save_png(flags.out / "scenes.png", sheet(shown), text=system.about.notice))
     return result
 
 

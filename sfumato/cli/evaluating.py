@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from sfumato.checkpoints.hub import located
 from sfumato.checkpoints.layouts.lpips import read_lpips
 from sfumato.cli.output import check_writable
 from sfumato.core.config import to_json
-from sfumato.core.device import device_of
+from sfumato.core.world import ALONE, World
 from sfumato.evaluation.evaluate import (
     DEFAULT,
     Instruments,
@@ -32,7 +33,6 @@ from sfumato.evaluation.evaluate import (
 from sfumato.evaluation.features import open_net
 from sfumato.evaluation.npz import PictureFile, write_statistics
 from sfumato.evaluation.pictures import Generated, Pictures, Reconstructed, open_pictures, tells_texts
-from sfumato.evaluation.ranks import processes, rank, world
 from sfumato.evaluation.survey import Pair
 from sfumato.evaluation.watching import watch
 from sfumato.systems.request import Request
@@ -97,39 +97,41 @@ class Flags:
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
 
-def measured(flags: Flags, tell: Progress) -> Iterator[str]:
-    """Texts to print: one for each system measured."""
+def measured(flags: Flags, tell: Progress, world: World) -> Iterator[str]:
+    """Texts to print, one for each system measured; only the leading process has them."""
     for path in (flags.save, flags.statistics):
         if path is not None:
-            check_writable(path)
+            world.lead(partial(check_writable, path))
     if flags.n < 1 or flags.batch < 1:
-        raise ValueError(f"--n is {flags.n} and --batch {flags.batch}; allowed: 1 or more pictures")
-    device = device_of(flags.device)
-    with processes(device):
-        if world() > 1 and (flags.watch or flags.save):
-            raise ValueError(
-                "--watch and --save work in one process; leave them out, or run without torchrun"
-            )
-        tools = _instruments(flags, device, tell if rank() == 0 else lambda what, done, total: None)
-        yield from _watched(flags, tools, device) if flags.watch else _once(flags, tools, device)
+        raise world.fail(f"--n is {flags.n} and --batch {flags.batch}; allowed: 1 or more pictures")
+    if world.size > 1 and (flags.watch or flags.save):
+        raise world.fail("--watch and --save work in one process; leave them out, or run without torchrun")
+    device = world.device(flags.device)
+    told: Progress = tell if world.leads else lambda what, done, total: None
+    tools = world.agree(lambda: _instruments(flags, device, told))
+    yield from _watched(flags, tools, device) if flags.watch else _once(flags, tools, device, world)
 
 
-def _once(flags: Flags, tools: Instruments, device: torch.device) -> Iterator[str]:
+def _once(flags: Flags, tools: Instruments, device: torch.device, world: World) -> Iterator[str]:
+    samples, reference = world.agree(lambda: _opened(flags, tools, device, world))
+    result = _result(flags, samples, reference, tools, world)
+    if world.leads:
+        yield json.dumps(to_json(result), indent=1) if flags.json else "\n".join(result.lines())
+
+
+def _opened(
+    flags: Flags, tools: Instruments, device: torch.device, world: World
+) -> tuple[Pictures, Reference]:
     if (flags.source / SYSTEM).is_file():
         system = load(flags.source, device=device)
-        reference = _reference(flags, system, tools)
-        samples = _samples(flags, system, reference)
-    else:
-        if flags.reconstruct:
-            raise ValueError(f"--reconstruct needs a system, and there is no {SYSTEM} in {flags.source}")
-        opened = open_pictures(flags.source)
-        if opened is None:
-            raise ValueError(f"{flags.source} holds statistics alone; give pictures, or a system")
-        samples = opened
-        reference = open_reference(flags.reference, samples.size, tools)
-    result = _result(flags, samples, reference, tools)
-    if rank() == 0:
-        yield json.dumps(to_json(result), indent=1) if flags.json else "\n".join(result.lines())
+        reference = _reference(flags, system, tools, world)
+        return _samples(flags, system, reference), reference
+    if flags.reconstruct:
+        raise ValueError(f"--reconstruct needs a system, and there is no {SYSTEM} in {flags.source}")
+    samples = open_pictures(flags.source)
+    if samples is None:
+        raise ValueError(f"{flags.source} holds statistics alone; give pictures, or a system")
+    return samples, open_reference(flags.reference, samples.size, tools, world=world)
 
 
 def _watched(flags: Flags, tools: Instruments, device: torch.device) -> Iterator[str]:
@@ -146,10 +148,10 @@ def _watched(flags: Flags, tools: Instruments, device: torch.device) -> Iterator
         yield json.dumps(row) if flags.json else f"{published.images:,} images: {figures}"
 
 
-def _reference(flags: Flags, system: System, tools: Instruments) -> Reference:
+def _reference(flags: Flags, system: System, tools: Instruments, world: World = ALONE) -> Reference:
     if system.size is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures, so it cannot be evaluated")
-    return open_reference(flags.reference, system.size, tools)
+    return open_reference(flags.reference, system.size, tools, world=world)
 
 
 def _samples(flags: Flags, system: System, reference: Reference) -> Pictures:
@@ -172,19 +174,21 @@ def _samples(flags: Flags, system: System, reference: Reference) -> Pictures:
     )
 
 
-def _result(flags: Flags, samples: Pictures, reference: Reference, tools: Instruments) -> Result:
+def _result(
+    flags: Flags, samples: Pictures, reference: Reference, tools: Instruments, world: World = ALONE
+) -> Result:
     with contextlib.ExitStack() as stack:
         seen: Callable[[Tensor], None] = lambda pixels: None  # noqa: E731
         if flags.save is not None:
             seen = stack.enter_context(PictureFile(flags.save, (len(samples), *samples.size))).add
-        result = evaluate(samples, reference, tools, seen=seen)
-    if flags.statistics is not None and rank() == 0:
+        result = world.agree(lambda: evaluate(samples, reference, tools, seen=seen, world=world))
+    if (path := flags.statistics) is not None:
         made = {
             "size": list(samples.size),
             "inception": tools.protocol.get("inception", {}),
             **reference.protocol,
         }
-        write_statistics(flags.statistics, reference.summary.gaussians, made)
+        world.lead(lambda: write_statistics(path, reference.summary.gaussians, made))
     if flags.reconstruct:
         figures = (replace(f, name=f"r{f.name}") if "fid" in f.name else f for f in result.figures)
         result = replace(result, figures=tuple(figures))

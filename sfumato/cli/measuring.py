@@ -15,10 +15,11 @@ from sfumato.api import load
 from sfumato.cli.evaluating import Flags, measured
 from sfumato.cli.output import check_writable
 from sfumato.cli.parsing import parse
-from sfumato.core.config import to_json
+from sfumato.core.config import from_json, to_json
 from sfumato.core.registry import unknown
 from sfumato.core.world import joined
 from sfumato.data.locations import is_remote
+from sfumato.evaluation.evaluate import Result, differences
 from sfumato.evaluation.openmoji import Protocol
 from sfumato.evaluation.openmoji import evaluate as measure
 
@@ -44,14 +45,24 @@ class OpenMoji:
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Put the figures of several systems side by side; they must be of one protocol."""
+
+    results: Positional[tuple[Path, ...]]
+    """Files with what `sfumato evaluate SYSTEM --json` printed."""
+
+
 def evaluate(args: list[str]) -> int:
     """`sfumato evaluate`."""
     if not args or args[0] in ("-h", "--help"):
         print(
             "usage: sfumato evaluate SYSTEM --reference DIR ...\n"
-            "       sfumato evaluate openmoji [DIR] ...\n\n"
+            "       sfumato evaluate openmoji [DIR] ...\n"
+            "       sfumato evaluate compare A.json B.json ...\n\n"
             "  SYSTEM        FID, KID, precision and recall ... of a system, a folder or an .npz file.\n"
-            "  openmoji DIR  Reconstruction PSNR and retrieval accuracy on the OpenMoji set.\n\n"
+            "  openmoji DIR  Reconstruction PSNR and retrieval accuracy on the OpenMoji set.\n"
+            "  compare A B   Put results of one protocol side by side.\n\n"
             "More about each: sfumato evaluate . --help, sfumato evaluate openmoji --help"
         )
         return 0
@@ -67,8 +78,8 @@ def evaluate(args: list[str]) -> int:
 def general(args: list[str]) -> int:
     """`sfumato evaluate SYSTEM`."""
     flags = parse(Flags, "evaluate", args)
-    with _progress() as told:
-        for text in measured(flags, told):
+    with joined(flags.device, seconds=WAIT) as world, _progress() as told:
+        for text in measured(flags, told, world):
             print(text, flush=True)
     return 0
 
@@ -93,7 +104,30 @@ def openmoji(args: list[str]) -> int:
     return 0
 
 
-TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji}
+def compare(args: list[str]) -> int:
+    """`sfumato evaluate compare`."""
+    flags = parse(Compare, "evaluate compare", args)
+    if len(flags.results) < 2:
+        raise ValueError(f"{len(flags.results)} result to compare; give at least two files of --json")
+    (first, result), *others = results = [(path, _read(path)) for path in flags.results]
+    for path, other in others:
+        if unlike := differences(result.protocol, other.protocol):
+            raise ValueError(
+                f"{first} and {path} cannot be compared: {'; '.join(unlike)}; measure both under one protocol"
+            )
+    for path, found in results:
+        print(path, *(figure.line() for figure in found.figures), sep="\n  ")
+    return 0
+
+
+def _read(path: Path) -> Result:
+    try:
+        return from_json(Result, path.read_text("utf-8"), where=str(path))
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is no result of `sfumato evaluate --json`: not JSON") from None
+
+
+TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji, "compare": compare}
 
 
 @contextlib.contextmanager

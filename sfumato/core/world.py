@@ -30,7 +30,7 @@ COLLECTIVE = re.compile("gloo|nccl|connection (closed|reset)|timed? ?out", re.IG
 class Echo(ValueError):
     """An error that another process tells already, so that this one ends in silence."""
 
-    told = True
+    told = agreed = True
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,33 @@ class World:
         parts = self.gather(list(rows))
         return [parts[i % self.size][i // self.size] for i in range(count)]
 
+    def rows(self, rows: Tensor, position: Tensor) -> Tensor:
+        """The rows of all processes in the order of their positions, whoever made which.
+
+        Args:
+            rows: (n, ...) on the CPU; n may differ between processes.
+            position: (n,), another one for every row of all processes.
+        """
+        parts = zip(*self.gather((rows, position)), strict=True)
+        rows, position = (torch.cat(part) for part in parts)
+        return rows[position.argsort()]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes of a tensor on the CPU, of one shape on each."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        with self.watched():
+            dist.all_reduce(total)
+        return total
+
     def mean(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Means over the processes of tensors of any shape: float64 on the CPU, if there are others."""
         if self.size == 1:
             return list(values)
         exact = [v.detach().double() if v.device.type == "cpu" else v.detach().float() for v in values]
         flat = torch.cat([value.flatten() for value in exact]).cpu().double()
-        with self.watched():
-            dist.all_reduce(flat)
-        parts = torch.split(flat / self.size, [value.numel() for value in values])
+        parts = torch.split(self.sum(flat) / self.size, [value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
     def most(self, value: int) -> int:
@@ -128,6 +146,8 @@ class World:
     def agree(self, work: Callable[[], T], *, first: bool = False) -> T:
         """The result of work that every process does; if it fails on one, it fails on all.
 
+        Agreements may lie within each other.
+
         Args:
             first: return what process 0 made of it.
 
@@ -138,22 +158,22 @@ class World:
         result, error = None, None
         try:
             result = work()
-        except Echo:  # of an agreement within this one: all know it
-            raise
         except (ValueError, OSError) as caught:
+            if getattr(caught, "agreed", False):  # within this agreement: all have it
+                raise
             error = caught
         self.meet()
         told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         failed = next((rank for rank, text in enumerate(told) if text is not None), None)
         if failed is not None:
             if error is not None and failed == self.rank:
-                raise error
+                raise _agreed(error)
             raise Echo(f"process {failed} failed ({told[failed]})")
         return self.gather(result)[0] if first else result  # type: ignore[return-value]
 
     def fail(self, text: str) -> ValueError:
         """An error that all processes have at once, to raise; one of them will tell it."""
-        return ValueError(text) if self.leads else Echo(text)
+        return _agreed(ValueError(text)) if self.leads else Echo(text)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -182,10 +202,16 @@ class World:
                 f"{who} of {self.size} did not come to where the others waited: ended, stuck or slow; its "
                 "own output may say why, and --trainer.timeout how long to wait"
             )
-        return ValueError(text) if min(present) == self.rank else Echo(text)
+        return _agreed(ValueError(text)) if min(present) == self.rank else Echo(text)
 
 
 ALONE = World()
+
+
+def _agreed(error: T) -> T:
+    """Mark an error that all processes have at once, so that no agreement around it shares it again."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 @contextlib.contextmanager

@@ -185,15 +185,13 @@ def _check_std(std: float) -> None:
 
 
 def _gathered(t: Tensor, loss: Tensor) -> Tensor:
-    """(t, loss) of every rank in rank order, (N, 2) on the CPU; ranks may hold different numbers of them."""
-    rows = torch.stack([t.to(loss.device, torch.float64), loss.detach().double()], dim=1)
+    """(t, loss) of every rank in rank order, (N, 2) on the CPU; ranks may hold different numbers of them.
+
+    They pass as objects, for which torch chooses a device that the backend serves: the CPU if it can.
+    """
+    rows = torch.stack([t.detach().cpu().double(), loss.detach().cpu().double()], dim=1)
     if not (distributed.is_available() and distributed.is_initialized()):
-        return rows.cpu()
-    world = distributed.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    most = max(int(c) for c in counts)
-    padded = torch.cat([rows, rows.new_zeros(most - len(rows), 2)])
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    distributed.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).cpu()
+        return rows
+    parts: list[Tensor] = [rows] * distributed.get_world_size()
+    distributed.all_gather_object(parts, rows)
+    return torch.cat(parts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato import __version__
+from sfumato.core.world import ALONE, World
 from sfumato.evaluation.features import FEATURES, FeatureNet
 from sfumato.evaluation.figures import METRICS, PAIRS, Figure
 from sfumato.evaluation.npz import read_statistics
@@ -90,13 +91,7 @@ class Result:
     def lines(self) -> list[str]:
         """To print."""
         rows = [f"{name}: {_said(value)}" for name, value in self.protocol.items()]
-        for f in self.figures:
-            spread = "" if f.std is None else f" +- {f.std:.4g}"
-            if f.low is not None and f.high is not None:
-                spread = f"  (95 % interval {f.low:.4g} to {f.high:.4g})"
-            note = f"  [{f.note}]" if f.note else ""
-            rows.append(f"{f.name:<20} {f.value:>10.4f}{spread}{note}")
-        return rows
+        return rows + [figure.line() for figure in self.figures]
 
 
 def nets_of(metrics: Sequence[str]) -> list[str]:
@@ -106,11 +101,13 @@ def nets_of(metrics: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def open_reference(path: Path | None, size: tuple[int, int], tools: Instruments) -> Reference:
+def open_reference(
+    path: Path | None, size: tuple[int, int], tools: Instruments, *, world: World = ALONE
+) -> Reference:
     """The reference at a path, surveyed: a folder, shards, or an .npz of pictures, statistics or both.
 
     Statistics in a file stand for a larger set than its pictures, as in those of the ADM evaluator, so that
-    FID and sFID take them.
+    FID and sFID take them. Processes of a `world` share the pictures, and all get the reference.
 
     Raises: ValueError in one line if a metric needs what the reference does not have, or it was made by
         another protocol.
@@ -144,6 +141,7 @@ def open_reference(path: Path | None, size: tuple[int, int], tools: Instruments)
         tools.nets,
         batch=tools.batch,
         tell=lambda done, total: tools.tell("reference", done, total),
+        world=world,
     )
     summary = Summary(found.n, found.digest, {**found.gaussians, **known}, found.parts, found.rows)
     held = {"statistics": sorted(known)} if known else {}
@@ -158,11 +156,13 @@ def evaluate(
     tools: Instruments,
     *,
     seen: Callable[[Tensor], None] = lambda _: None,
+    world: World = ALONE,
 ) -> Result:
     """Figures of samples.
 
     Args:
-        seen: given every batch of samples that this rank looks at.
+        seen: given every batch of samples that this process looks at.
+        world: processes that share the samples; all get the result.
 
     Raises: ValueError in one line if there are too few pictures for a metric, or no pairs or captions.
     """
@@ -178,13 +178,15 @@ def evaluate(
         samples,
         tools.keeps("reference", "samples", "captions"),
         tools.nets,
-        pairs=tools.pairs,
-        originals=reference.pictures,
+        pairs=None if reference.pictures is None else (reference.pictures, tools.pairs),
         batch=tools.batch,
         tell=lambda done, total: tools.tell("samples", done, total),
         seen=seen,
+        world=world,
     )
-    figures = [f for name in tools.metrics for f in METRICS[name].figures(found, reference.summary)]
+    figures = world.lead(
+        lambda: [f for name in tools.metrics for f in METRICS[name].figures(found, reference.summary)]
+    )
     protocol = {
         "samples": {
             **samples.protocol,
@@ -200,11 +202,14 @@ def evaluate(
 
 
 def differences(a: Mapping[str, object], b: Mapping[str, object], within: str = "") -> list[str]:
-    """What makes two protocols incomparable, "name: this, that" each; what is measured itself is left out."""
+    """What makes two protocols incomparable, "name: this, that" each.
+
+    What is measured itself is left out, and how a file of weights is called: its digest is there.
+    """
     found: list[str] = []
     for name in sorted({*a, *b}):
         x, y, full = a.get(name), b.get(name), f"{within}{name}"
-        if full in ("samples.system", "samples.fingerprint", "samples.pixels"):
+        if full in ("samples.system", "samples.fingerprint", "samples.pixels") or name == "file":
             continue
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             found += differences(x, y, f"{full}.")
@@ -227,7 +232,7 @@ def _check_protocol(
     """Raise ValueError if statistics are of another feature net, another preparation or another size."""
     now = {"size": list(size), "inception": tools.protocol.get("inception", {})}
     then = {name: made.get(name) for name in now}
-    if unlike := [text for text in differences(then, now) if not text.startswith("inception.file:")]:
+    if unlike := differences(then, now):
         raise ValueError(
             f"{path} was made by another protocol ({'; '.join(unlike)}); make it anew by this one"
         )

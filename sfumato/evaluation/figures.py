@@ -38,6 +38,14 @@ class Figure:
     high: float | None = None
     note: str = ""
 
+    def line(self) -> str:
+        """To print."""
+        spread = "" if self.std is None else f" +- {self.std:.4g}"
+        if self.low is not None and self.high is not None:
+            spread = f"  (95 % interval {self.low:.4g} to {self.high:.4g})"
+        note = f"  [{self.note}]" if self.note else ""
+        return f"{self.name:<20} {self.value:>10.4f}{spread}{note}"
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -1,4 +1,4 @@
-"""One pass over pictures, shared by the ranks, which gathers what the chosen metrics need."""
+"""One pass over pictures, shared by the processes, which gathers what the chosen metrics need."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sfumato.core.world import ALONE, World
 from sfumato.evaluation.features import FEATURES, CLIPFeatures, FeatureNet
 from sfumato.evaluation.metrics.frechet import GROUPS, Gaussian, Moments
 from sfumato.evaluation.metrics.inception_score import InceptionScore, Score
 from sfumato.evaluation.pictures import Pictures, pixel_digest
-from sfumato.evaluation.ranks import all_rows, rank, world
 
 __all__ = ["Keep", "Pair", "Summary", "Survey", "survey"]
 
@@ -42,7 +42,7 @@ class Summary:
 
 
 class Survey:
-    """What is gathered on this rank.
+    """What is gathered in this process.
 
     Args:
         n: pictures in all.
@@ -75,11 +75,11 @@ class Survey:
             self._score = self._score or InceptionScore(self.n, values.shape[1])
             self._score.update(values, position)
 
-    def summary(self) -> Summary:
-        """Over all ranks; every rank must call it."""
-        sums = {name: [part.reduced() for part in parts] for name, parts in self._moments.items()}
+    def summary(self, world: World = ALONE) -> Summary:
+        """Over all processes, which must all call."""
+        sums = {name: [part.over(world) for part in parts] for name, parts in self._moments.items()}
         rows = {
-            name: all_rows(torch.cat(parts), torch.cat(self._positions[name]))
+            name: world.rows(torch.cat(parts), torch.cat(self._positions[name]))
             for name, parts in self._rows.items()
         }
         digest = rows.pop("digest", None)
@@ -89,7 +89,7 @@ class Survey:
             gaussians={name: _added(parts).gaussian() for name, parts in sums.items()},
             parts={name: parts for name, parts in sums.items() if "parts" in self.keeps[name]},
             rows=rows,
-            score=None if self._score is None else self._score.score(),
+            score=None if self._score is None else self._score.score(world),
         )
 
 
@@ -98,49 +98,57 @@ def survey(
     keeps: Mapping[str, frozenset[Keep]],
     nets: Mapping[str, FeatureNet],
     *,
-    pairs: Mapping[str, Pair] | None = None,
-    originals: Pictures | None = None,
+    pairs: tuple[Pictures, Mapping[str, Pair]] | None = None,
     batch: int = 32,
     tell: Callable[[int, int], None] = lambda done, total: None,
     seen: Callable[[Tensor], None] = lambda pixels: None,
+    world: World = ALONE,
 ) -> Summary:
-    """Go over the pictures once; rank r takes every r-th batch.
+    """Go over the pictures once; of n processes each takes every n-th batch.
 
     Args:
         keeps: what of each feature.
         nets: by name, of all those features.
-        pairs: measures of a picture and the original at the same place.
+        pairs: originals, and measures of a picture and the original at the same place.
         batch: pictures at a time.
         tell: told how many are done, and of how many.
-        seen: given every batch of this rank.
+        seen: given every batch of this process.
+        world: processes that share the batches; all get the summary.
 
-    Raises: ValueError in one line if there are fewer batches than ranks.
+    Raises: ValueError in one line if there are fewer batches than processes.
     """
-    keeps = {**keeps, "digest": frozenset({"rows"}), **dict.fromkeys(pairs or {}, frozenset({"rows"}))}
+    originals, measures = pairs or (None, {})
+    keeps = {**keeps, "digest": frozenset({"rows"}), **dict.fromkeys(measures, frozenset({"rows"}))}
     starts = range(0, len(pictures), batch)
-    if len(starts) < world():
-        raise ValueError(f"{len(pictures)} pictures in batches of {batch} do not occupy {world()} processes")
+    if len(starts) < world.size:
+        raise world.fail(
+            f"{len(pictures)} pictures in batches of {batch} do not occupy {world.size} processes; give a "
+            "smaller --batch, or start fewer processes"
+        )
     found = Survey(len(pictures), keeps)
     used = {name: net for name, net in nets.items() if any(FEATURES.get(f) == name for f in keeps)}
-    for start in starts[rank() :: world()]:
-        rows = range(start, min(start + batch, len(pictures)))
-        pixels, position = pictures(rows), torch.arange(rows.start, rows.stop)
-        seen(pixels)
-        found.add("digest", pixel_digest(pixels), position)
-        for net in used.values():
-            for feature, values in net(pixels).items():
-                if feature in keeps:
-                    found.add(feature, values, position)
-            if "caption" in keeps and isinstance(net, CLIPFeatures) and pictures.texts:
-                found.add(
-                    "caption", net.texts([pictures.texts[i % len(pictures.texts)] for i in rows]), position
-                )
-        if pairs and originals is not None:
-            image, original = (v.float() / 127.5 - 1 for v in (pixels, originals(rows)))
-            for name, measure in pairs.items():
-                found.add(name, measure(image, original), position)
-        tell(min(rows.stop * world(), len(pictures)), len(pictures))
-    return found.summary()
+
+    def go() -> None:
+        for turn in world.share(len(starts)):
+            rows = range(starts[turn], min(starts[turn] + batch, len(pictures)))
+            pixels, position = pictures(rows), torch.arange(rows.start, rows.stop)
+            seen(pixels)
+            found.add("digest", pixel_digest(pixels), position)
+            for net in used.values():
+                for feature, values in net(pixels).items():
+                    if feature in keeps:
+                        found.add(feature, values, position)
+                if "caption" in keeps and isinstance(net, CLIPFeatures) and pictures.texts:
+                    texts = [pictures.texts[i % len(pictures.texts)] for i in rows]
+                    found.add("caption", net.texts(texts), position)
+            if measures and originals is not None:
+                image, original = (v.float() / 127.5 - 1 for v in (pixels, originals(rows)))
+                for name, measure in measures.items():
+                    found.add(name, measure(image, original), position)
+            tell(min(rows.stop * world.size, len(pictures)), len(pictures))
+
+    world.agree(go)
+    return found.summary(world)
 
 
 def _added(parts: Sequence[Moments]) -> Moments:

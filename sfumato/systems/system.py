@@ -114,13 +114,20 @@ class System:
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
         mine = world.share(inputs.n)
-        for start in range(0, len(mine), batch):
-            rows = mine[start : start + batch]
-            own = [seeds[i] for i in rows]
-            done = self.run(inputs.rows(rows), options, only=request.get("only"), seed=own, observe=observe)
-            if done.low_res is None:
-                raise ValueError("the stages that ran make no picture; run one that does, or use System.run")
-            images += [to_pil(image) for image in to_uint8(done.low_res.cpu())]
+
+        def draw() -> None:
+            for start in range(0, len(mine), batch):
+                rows = mine[start : start + batch]
+                own = [seeds[i] for i in rows]
+                only = request.get("only")
+                done = self.run(inputs.rows(rows), options, only=only, seed=own, observe=observe)
+                if done.low_res is None:
+                    raise ValueError(
+                        "the stages that ran make no picture; run one that does, or use System.run"
+                    )
+                images.extend(to_pil(image) for image in to_uint8(done.low_res.cpu()))
+
+        world.agree(draw)
         return world.together(images, inputs.n)
 
     def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:

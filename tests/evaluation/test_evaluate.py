@@ -234,6 +234,9 @@ def test_protocols_that_differ() -> None:
     a = {"samples": {"n": 5, "system": "x", "options": {"steps": 2}}, "sfumato": "1"}
     b = {"samples": {"n": 6, "system": "y", "options": {"steps": 2}}, "sfumato": "1", "nets": {}}
     assert differences(a, b) == ["nets: None, {}", "samples.n: 5, 6"]
+    nets = [{"nets": {"clip": {"file": file, "sha256": digest}}} for file, digest in ("ax", "bx", "by")]
+    assert differences(nets[0], nets[1]) == []
+    assert differences(nets[1], nets[2]) == ["nets.clip.sha256: x, y"]
 
 
 def test_results_are_json(inception: FeatureNet, samples: Pictures) -> None:

@@ -154,6 +154,21 @@ with joined("cpu", seconds=60) as world:
             tells = rank == (0 if failing == "lead" else 1)
             assert isinstance(error, Echo) is not tells
     assert world.agree(lambda: rank) == rank
+    def refused():
+        raise world.fail("refused")
+    for failing, fails in (
+        (1, lambda: world.agree(lambda: int("x" if rank == 1 else "1"))),
+        (0, lambda: world.lead(lambda: int("x"))),
+        (2, lambda: world.agree(lambda: rank) + int("x" if rank == 2 else "1")),
+        (2, lambda: int("x" if rank == 2 else "1") + world.agree(lambda: rank)),
+        (0, refused),
+    ):
+        try:
+            world.agree(fails)
+            raise SystemExit("it did not fail")
+        except ValueError as error:
+            assert isinstance(error, Echo) is (rank != failing)
+    assert world.gather(rank) == [0, 1, 2]  # and nobody waits elsewhere
 """,
         size=3,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.evaluation.ranks import all_sum
+from sfumato.core.world import World
 
 __all__ = ["GROUPS", "Extrapolated", "Gaussian", "Moments", "extrapolated", "frechet_distance"]
 
@@ -28,7 +28,7 @@ class Gaussian:
 
 
 class Moments:
-    """Running sums in float64 of features and of their products; those of several parts or ranks add up.
+    """Running sums in float64 of features and of their products; those of several parts or processes add up.
 
     Args:
         dim: length of a feature.
@@ -56,9 +56,9 @@ class Moments:
         """Moments without a part."""
         return self._like(self.n - other.n, self.sum - other.sum, self.products - other.products)
 
-    def reduced(self) -> Moments:
-        """Moments over all ranks; every rank must call it."""
-        return self._like(all_sum(self.n), all_sum(self.sum), all_sum(self.products))
+    def over(self, world: World) -> Moments:
+        """Moments over all processes, which must all call."""
+        return self._like(world.sum(self.n), world.sum(self.sum), world.sum(self.products))
 
     def gaussian(self) -> Gaussian:
         """Raises: ValueError for fewer than 2 samples, which have no covariance."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.evaluation.ranks import all_sum
+from sfumato.core.world import ALONE, World
 
 __all__ = ["InceptionScore", "Score"]
 
@@ -26,7 +26,7 @@ class Score:
 class InceptionScore:
     """exp(E KL(p(y|x) | p(y))) in splits of 5,000 samples in their order, then the mean (arXiv:1606.03498).
 
-    The divergence is E sum_y p log p - sum_y q log q with q = E p: sums over samples, added up over ranks.
+    The divergence is E sum_y p log p - sum_y q log q with q = E p: sums over samples, and over processes.
 
     Args:
         n: samples that there will be in all.
@@ -48,9 +48,9 @@ class InceptionScore:
         self.entropy.index_add_(0, split, (p * log_p).sum(1))
         self.total.index_add_(0, split, p)
 
-    def score(self) -> Score:
-        """Over all ranks; every rank must call it. Raises: ValueError if samples are missing."""
-        count, entropy, total = (all_sum(v) for v in (self.count, self.entropy, self.total))
+    def score(self, world: World = ALONE) -> Score:
+        """Over all processes, which must all call. Raises: ValueError if samples are missing."""
+        count, entropy, total = (world.sum(v) for v in (self.count, self.entropy, self.total))
         if int(count.sum()) != self.n:
             raise ValueError(f"an Inception score of {self.n} samples got {int(count.sum())}")
         q = total / count[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.core.image import grid
 from sfumato.core.registry import unknown
+from sfumato.core.world import ALONE, World
 from sfumato.data.scenes.captions import Caption, describe
 from sfumato.data.scenes.draw import PIXELS
 from sfumato.data.scenes.graph import Scene
@@ -156,6 +158,7 @@ def evaluate(
     ema: float | None = None,
     images: int | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> tuple[Result, dict[Split, Shown]]:
     """Score a text-to-image system.
 
@@ -163,6 +166,7 @@ def evaluate(
         batch: pictures made at a time; it does not change them.
         ema, images: see Result.
         progress: told after every batch.
+        world: processes that share the pictures; all get the result.
 
     Raises: ValueError in one line if the system makes no pictures of a size that can be read, or they are
         not finite.
@@ -177,7 +181,8 @@ def evaluate(
     shown: dict[Split, Shown] = {}
     for split in protocol.splits:
         asked = cases(split, protocol.pictures, seed=protocol.seed, difficulty=protocol.difficulty)
-        pictures = _pictures(system, [case.caption.text for case in asked], protocol, batch, split, progress)
+        tell = partial(progress, split) if progress else lambda done, total: None
+        pictures = _pictures(system, [c.caption.text for c in asked], protocol, batch, tell, world)
         shown[split] = Shown(asked, pictures, read(pictures))
     known = training_keys(protocol.train)
     everything = [pair for part in shown.values() for pair in zip(part.cases, part.readings, strict=True)]
@@ -234,22 +239,22 @@ def _pictures(
     text: Sequence[str],
     protocol: Protocol,
     batch: int,
-    what: str,
-    progress: Progress | None,
+    tell: Callable[[int, int], None],
+    world: World,
 ) -> NDArray[np.uint8]:
     made: list[NDArray[np.uint8]] = []
-    for start in range(0, len(text), batch):
+    for start in range(0, len(text), batch * world.size):
         images = system.generate(
-            text[start : start + batch],
+            text[start : start + batch * world.size],
             seed=start,
             batch=batch,
             steps=protocol.steps,
             guidance=protocol.guidance,
             sampler=protocol.sampler,
+            world=world,
         )
         made += [np.asarray(image) for image in images]
-        if progress:
-            progress(what, len(made), len(text))
+        tell(len(made), len(text))
     return np.stack(made)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sfumato.core.config import from_json, to_json
+from sfumato.core.world import ALONE
 from sfumato.data.scenes.draw import render
 from sfumato.data.scenes.graph import gather
 from sfumato.evaluation.scenes.benchmark import (
@@ -42,7 +43,8 @@ class Painter:
             )
         }
 
-    def generate(self, text, *, seed, batch, **request):
+    def generate(self, text, *, seed, batch, world, **request):
+        assert world is ALONE
         self.asked.append((seed, len(text), batch, request))
         found = []
         for i, caption in enumerate(text, seed):
