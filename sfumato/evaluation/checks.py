@@ -162,17 +162,39 @@ def check_parameterization(specimen: Specimen, declared: str) -> Check:
     )
 
 
-def check_denoising(specimen: Specimen) -> Check:
-    """x0 at low noise against the noisy latent itself, and at middle noise against a linear filter."""
+def check_denoising(specimen: Specimen, towers: Sequence[nn.Module] = ()) -> Check:
+    """x0 at low noise against the noisy latent itself, and at middle noise against a linear filter.
+
+    Args:
+        towers: that tell the denoiser of texts; noise for words can be all that is wrong with it.
+    """
     low, middle = (_mistake(specimen, ratio * specimen.spread) for ratio in (0.1, 1.0))
+    net = specimen.stage.denoiser.net
+    learned = isinstance(net, nn.Module) and _as_begun(net) is False
+    if learned and any(_as_begun(tower) for tower in towers):
+        part = "text encoder"
+        verdict = (
+            "all its norms are as training begins them, and the denoiser makes nothing of what it says; "
+        )
+        verdict += "its weights are not trained or not loaded"
+    else:
+        part = "denoiser"
+        verdict = "it does not remove noise, whatever it predicts; its weights are not trained or not loaded"
     return Check(
         name="x0 from noise",
-        part="denoiser",
+        part=part,
         passed=low < 1.0 and middle < 0.9,
         found=f"{low:.2f} of the noise left at low noise, {middle:.2f} of a linear filter's error at equal",
         wanted="below 1 and 0.9",
-        verdict="it does not remove noise, whatever it predicts; its weights are not trained or not loaded",
+        verdict=verdict,
     )
+
+
+def _as_begun(module: nn.Module) -> bool | None:
+    """Whether every norm has gains of one and offsets of zero, as no trained net has; None without norms."""
+    norms = [m for m in module.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)]
+    pairs = [(name == "weight", p) for norm in norms for name, p in norm.named_parameters()]
+    return all(bool((p == (1.0 if gain else 0.0)).all()) for gain, p in pairs) if pairs else None
 
 
 def _mistake(specimen: Specimen, ratio: float) -> float:

@@ -126,7 +126,7 @@ def _checks(
     yield "codec", lambda: [check_codec(specimen)]
     yield "scale", lambda: [check_scale(specimen, config.codec)]
     yield "parameterization", lambda: [check_parameterization(specimen, config.parameterization)]
-    yield "denoising", lambda: [check_denoising(specimen)]
+    yield "denoising", lambda: [check_denoising(specimen, [text.encoder for text in texts])]
     if texts and specimen.text is not None:
         yield "text", lambda: [check_text(specimen)]
     if labels and specimen.label is not None:
