@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,9 +174,7 @@ def check_denoising(specimen: Specimen, towers: Sequence[nn.Module] = ()) -> Che
     learned = isinstance(net, nn.Module) and _as_begun(net) is False
     if learned and any(_as_begun(tower) for tower in towers):
         part = "text encoder"
-        verdict = (
-            "all its norms are as training begins them, and the denoiser makes nothing of what it says; "
-        )
+        verdict = "its norms are as training begins them, and the denoiser makes nothing of what it says; "
         verdict += "its weights are not trained or not loaded"
     else:
         part = "denoiser"

@@ -89,7 +89,7 @@ def forget(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove unfinished files of a process that died; only for who holds the folder."""
-    for place in (folder, folder / "previews"):
+    for place in (folder, *(folder / name for name in ("previews", "averages", "latents", "texts"))):
         for path in place.glob(".*") if place.is_dir() else ():
             if UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

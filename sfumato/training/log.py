@@ -52,6 +52,7 @@ class RunLog:
         self.trackers = list(trackers)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._lines = 0
         self._bar = Bar(quiet)
         self._task = self._bar.add_task("train", total=total)
         self._images = 0  # at the last line
@@ -73,7 +74,7 @@ class RunLog:
         Args:
             state: what `state_dict` gave there: the next line is then that of a run that was never stopped.
         """
-        self._cut(images)
+        self._lines = self._cut(images, (state or {}).get("lines"))
         state = state or {"images": images, "seconds": (0.0, 0.0), "sums": {}, "counts": {}}
         self._images, self._sums, self._counts = state["images"], dict(state["sums"]), dict(state["counts"])
         self.seconds, since = state["seconds"]
@@ -90,6 +91,7 @@ class RunLog:
             "seconds": (self.seconds, since),
             "sums": dict(self._sums),
             "counts": dict(self._counts),
+            "lines": self._lines,
         }
 
     def step(self, images: int, metrics: Mapping[str, Tensor]) -> None:
@@ -112,12 +114,14 @@ class RunLog:
         """Show the trackers a sheet of samples, a PNG file."""
         self._tell(lambda tracker: tracker.picture(images, path))
 
-    def _cut(self, images: int) -> None:
-        """Remove lines beyond a number of images."""
+    def _cut(self, images: int, lines: int | None) -> int:
+        """Remove what lies beyond a number of images, and lines beyond a number; returns how many stay."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            kept = [row for row in read_log(self.path) if row["images"] <= images]
-            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if not self.path.is_file():
+            return 0
+        kept = [row for row in read_log(self.path) if row["images"] <= images][:lines]
+        replace_file(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        return len(kept)
 
     def _write(self, images: int) -> None:
         means: dict[str, float] = {}
@@ -138,6 +142,7 @@ class RunLog:
             file.write(json.dumps({"images": images, **times, **finite}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # or a power cut could take lines that a checkpoint counts on
+        self._lines += 1
         self._tell(lambda tracker: tracker.numbers(images, {**times, **finite}))
 
     def _tell(self, say: Callable[[Tracker], None]) -> None:
@@ -155,8 +160,8 @@ class SilentLog(RunLog):
     def __init__(self, path: Path, total: int, every: int, *, quiet: bool = True) -> None:
         super().__init__(path, total, every, quiet=True)
 
-    def _cut(self, images: int) -> None:
-        pass
+    def _cut(self, images: int, lines: int | None) -> int:
+        return 0
 
     def _line(self, images: int, times: Mapping[str, float], values: Mapping[str, float]) -> None:
         pass

@@ -108,7 +108,7 @@ def _assembled(recipe: Recipe, place: Place, kept_out: ImageFolder | None, stop:
     job = build(recipe, place)
     trainer = _trainer(recipe, job, place, stop)
     if (validation := _validation(recipe, job, kept_out, trainer, place.world)) is not None:
-        trainer.validate = lambda at: trainer.log.note(at, validation(at))
+        trainer.validate = validation
     return trainer
 
 

@@ -109,7 +109,7 @@ class Trainer:
 
     Attributes:
         preview: called with the images seen every `preview_every` images and at the end.
-        validate: the same every `validate_every` images.
+        validate: the same every `validate_every` images; returns numbers for the log.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Trainer:
         self.log, self.checkpoints, self.publish = log, checkpoints, publish
         self.stop = stop or Stop()
         self.preview: Callable[[int], object] | None = None
-        self.validate: Callable[[int], object] | None = None
+        self.validate: Callable[[int], Mapping[str, float]] | None = None
         self.images = self.steps = 0
         self.saved = -1  # images at the last checkpoint
         self.shown = {"preview": 0, "validation": 0}  # images at the last time
@@ -149,15 +149,9 @@ class Trainer:
             for name, phase in task.phases.items()
         }
         self._step = Step(
-            task,
-            self.optimizers,
-            seed=config.seed,
-            total=config.images,
-            accumulate=config.accumulate,
-            precision=config.precision,
-            stop=self.stop,
-            engine=self.engine,
-        )
+            task, self.optimizers, seed=config.seed, total=config.images, accumulate=config.accumulate,
+            precision=config.precision, stop=self.stop, engine=self.engine,
+        )  # fmt: skip
 
     def fit(self) -> None:
         """Train to `config.images`, with logs, previews and checkpoints on the way and at the end.
@@ -274,12 +268,16 @@ class Trainer:
                 continue
             try:
                 with self.stop.interruptible():
-                    self.world.agree(partial(show, self.images))
+                    told = self.world.agree(partial(show, self.images))
             except Exception:
                 if self.saved < self.images:
                     self.save()
                 raise
             self.shown[name] = self.images
+            if show is self.validate and isinstance(
+                told, Mapping
+            ):  # written down once, whatever signal comes
+                self.log.note(self.images, told)
 
     def _publish(self) -> None:
         if (publish := self.publish) is not None and self.images > 0:

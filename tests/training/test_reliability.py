@@ -155,9 +155,7 @@ def test_signals_while_showing_change_neither_what_is_shown_nor_the_log(tmp_path
                     return {f"{what}/value": float(weights(run.task).sum())}  # noqa: B023  called at once
 
                 run.preview = lambda images, show=show: show(images, "preview")
-                run.validate = lambda images, show=show, run=run: run.log.note(
-                    images, show(images, "validation")
-                )
+                run.validate = lambda images, show=show: show(images, "validation")
                 run.fit()
         assert not kill
         logs.append((shown, result(tmp_path / name)[2]))

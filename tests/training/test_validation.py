@@ -63,6 +63,7 @@ def test_training_has_the_same_bits_with_and_without_it(name, pictures, tmp_path
     assert not (tmp_path / "without" / "best").exists()
     states = [newest(tmp_path / n) for n in ("with", "without")]
     assert [state.pop("shown")["validation"] for state in states] == [48, 0]
+    assert [state["log"].pop("lines") for state in states] == [6, 3]
     assert same(*states)
     load = {"toy-dit": "denoiser", "toy-autoencoder": "autoencoder"}[name]
     weights = [tmp_path / n / "system" / f"{load}.safetensors" for n in ("with", "without")]
