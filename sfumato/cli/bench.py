@@ -29,7 +29,7 @@ from sfumato.evaluation.scenes.oracle import BLURS, NOISES, Accuracy, accuracy
 from sfumato.evaluation.watching import watch
 from sfumato.systems.system import System
 
-__all__ = ["bench"]
+__all__ = ["bench", "progress"]
 
 WIDTH = 110  # columns where the output is no terminal
 PERCENT = "% of pictures"
@@ -133,7 +133,7 @@ def reader(args: list[str]) -> int:
     plan += [("noise", level, 64, flags.damaged) for level in NOISES]
     plan += [("codec", 1.0, 64, flags.damaged)] if codec is not None else []
     found = []
-    with _progress() as told:
+    with progress() as told:
         for done, (damage, level, size, count) in enumerate(plan, 1):
             found.append(accuracy(count, size, damage, level, codec=codec))
             told("reading", done, len(plan))
@@ -151,7 +151,7 @@ TASKS: dict[str, Callable[[list[str]], int]] = {"scenes": scenes, "compare": com
 
 def _measure(flags: Scenes, system: System, folder: Path | None, images: int | None) -> Result:
     """Score a system, and write the result and the sheet."""
-    with _progress() as told:
+    with progress() as told:
         result, shown = evaluate(
             system, flags.protocol, batch=flags.batch, ema=_decay(folder), images=images, progress=told
         )
@@ -263,7 +263,7 @@ def _print(parts: list[Table | str]) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on the terminal, if there is one, for each part of the work."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
