@@ -137,6 +137,7 @@ def test_a_dry_run_lists_and_trains_nothing(tmp_path, monkeypatch, capsys):
         (changed("--improvements", "ropes"), "unknown improvement 'ropes'; did you mean 'rope'?"),
         (changed("--recipe", "toy-unet"), "recipe 'toy-unet' trains no DiT"),
         (changed("--images", "0"), "images is 0"),
+        ([*TINY, "--parts", "designs", "designs"], "parts ('designs', 'designs'): name at least"),
     ],
     ids=["report", "size", "improvement", "recipe", "images", "parts"],
 )
