@@ -106,6 +106,23 @@ def test_two_steps_are_finite_and_reach_every_parameter(name, flags, pictures, t
     )
 
 
+def test_a_field_of_the_metadata_gives_the_classes(pictures, tmp_path):
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (pictures / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({k: v for k, v in row.items() if k != "label"}) for row in rows)
+    )
+    recipe = toy("toy-classes", pictures, tmp_path, images=4)
+    data = replace(recipe.data, label="concept", split="train")
+    assert open_folder(data).classes == ("blue", "green", "red")
+    assert set(open_folder(data).labels) == {1, 2}  # blue ones are held out, and leave their number free
+    system = load_system(train(replace(recipe, data=data)))
+    (label,) = system.config.stages[0].conditioners
+    assert label.names == ("blue", "green", "red")
+    with pytest.raises(ValueError, match="no field 'shade'"):
+        open_folder(replace(data, label="shade"))
+
+
 def test_runs_share_a_folder_of_latents(pictures, tmp_path, monkeypatch):
     net = Autoencoder(AutoencoderConfig(channels=8, mults=(1, 2), blocks=1, norm_groups=4, patch=1))
     write_folder(tmp_path / "first", Folder(Parts({"autoencoder": net}), {}))
