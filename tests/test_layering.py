@@ -27,6 +27,7 @@ LAYERS = {
     "evaluation": 4,
     "families": 5,
     "api": 6,
+    "reports": 6,
     "cli": 7,
     "studio": 7,
     "__init__": 8,  # names the public ones of every layer, and fetches them on use

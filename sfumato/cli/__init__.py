@@ -86,6 +86,13 @@ def bench(args: list[str]) -> int:
     return verb(args)
 
 
+def report(args: list[str]) -> int:
+    """Redo a comparison that takes many runs."""
+    from sfumato.cli.report import report as verb
+
+    return verb(args)
+
+
 VERBS: dict[str, Verb] = {
     "generate": generate,
     "rerun": rerun,
@@ -97,6 +104,7 @@ VERBS: dict[str, Verb] = {
     "doctor": doctor,
     "evaluate": evaluate,
     "bench": bench,
+    "report": report,
 }
 USAGE, INTERRUPTED = 2, 130
 OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memory", re.IGNORECASE)

@@ -30,7 +30,7 @@ from sfumato.evaluation.scenes.oracle import BLURS, NOISES, Accuracy, accuracy
 from sfumato.evaluation.watching import watch
 from sfumato.systems.system import System
 
-__all__ = ["bench"]
+__all__ = ["bench", "progress"]
 
 WAIT = 600.0  # seconds that processes wait for each other
 WIDTH = 110  # columns where the output is no terminal
@@ -140,7 +140,7 @@ def reader(args: list[str]) -> int:
     plan += [("noise", level, 64, flags.damaged) for level in NOISES]
     plan += [("codec", 1.0, 64, flags.damaged)] if codec is not None else []
     found = []
-    with _progress() as told:
+    with progress() as told:
         for done, (damage, level, size, count) in enumerate(plan, 1):
             found.append(accuracy(count, size, damage, level, codec=codec))
             told("reading", done, len(plan))
@@ -160,8 +160,8 @@ def _measure(
     flags: Scenes, system: System, folder: Path | None, images: int | None, world: World = ALONE
 ) -> Result:
     """Score a system, and write the result and the sheet."""
-    with _progress() as told:
-        progress, ema = told if world.leads else None, _decay(folder)
+    with progress() as bar:
+        told, ema = bar if world.leads else None, _decay(folder)
         result, shown = world.agree(
             lambda: evaluate(
                 system,
@@ -169,7 +169,7 @@ def _measure(
                 batch=flags.batch,
                 ema=ema,
                 images=images,
-                progress=progress,
+                progress=told,
                 world=world,
             )
         )
@@ -282,7 +282,7 @@ def _print(parts: list[Table | str]) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on the terminal, if there is one, for each part of the work."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -17,7 +17,7 @@ from sfumato.training.recipe import Recipe
 from sfumato.training.run import train as run
 from sfumato.training.signals import Stopped
 
-__all__ = ["train"]
+__all__ = ["code_of", "train"]
 
 RESUMABLE, INTERRUPTED = 75, 130  # exit codes after SIGTERM (EX_TEMPFAIL of sysexits.h) and after Ctrl-C
 
@@ -53,5 +53,10 @@ def train(args: list[str]) -> int:
     except Stopped as stopped:
         if leads:
             print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED if stopped.signum == signal.SIGINT else RESUMABLE
+        return code_of(stopped)
     return 0
+
+
+def code_of(stopped: Stopped) -> int:
+    """The exit code of a run that a signal stopped and the same command goes on with."""
+    return INTERRUPTED if stopped.signum == signal.SIGINT else RESUMABLE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.core.image import from_pil, load, size_of
-from sfumato.data.entries import Entry
+from sfumato.data.entries import Entry, number_labels
 from sfumato.data.opening import open_pictures
 from sfumato.data.order import Draw
 from sfumato.data.store import ShardError, ShardStore
@@ -55,6 +55,7 @@ class ImageFolder:
     Args:
         path: of the folder, or of shards as in `locations.shard_names`.
         transform: applied to each picture; see `data.transforms`.
+        label: field whose values are the classes, instead of the labels of the data; numbered before `where`.
         where: keep only entries whose fields have these values, such as {"split": "train"}.
         store: of local copies and indexes of shards; by default one in the user's cache.
 
@@ -71,12 +72,15 @@ class ImageFolder:
         path: str | Path,
         *,
         transform: Transform | None = None,
+        label: str | None = None,
         where: Mapping[str, object] | None = None,
         store: ShardStore | None = None,
     ) -> None:
         self.path = Path(path)
         self.transform = transform
         entries, self.classes = open_pictures(self.path, store)
+        if label is not None:
+            entries, self.classes = _labeled(entries, label)
         for name, value in (where or {}).items():
             entries = _matching(entries, name, value)
         self.entries: tuple[Entry, ...] = tuple(entries)
@@ -215,6 +219,15 @@ def _require_column(entries: Sequence[Entry], name: str) -> None:
     names = sorted({key for entry in entries for key in entry.fields})
     if name not in names:
         raise ValueError(f"the metadata has no field {name!r}; it has: {', '.join(names) or 'none'}")
+
+
+def _labeled(entries: Sequence[Entry], field: str) -> tuple[list[Entry], tuple[str, ...]]:
+    """The entries with the values of a field as their labels, and the names of the classes."""
+    _require_column(entries, field)
+    values = [entry.fields.get(field) for entry in entries]
+    labels, classes = number_labels(values, lambda i: f"{field} of {entries[i].file}")
+    pairs = zip(entries, labels, strict=True)
+    return [replace(entry, label=label) for entry, label in pairs], classes
 
 
 def _matching(entries: list[Entry], name: str, value: object) -> list[Entry]:

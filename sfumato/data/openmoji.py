@@ -13,6 +13,7 @@ from PIL import Image
 
 from sfumato.core.png import save_png, write_whole
 from sfumato.data.compositions import concept, hold_out
+from sfumato.data.openmoji_groups import group
 
 __all__ = ["ATTRIBUTION", "attribution", "captions", "held_out", "render"]
 
@@ -94,7 +95,8 @@ def render(
 ) -> Path:
     """Render the set into an image folder; an interrupted call, made again, renders only what is missing.
 
-    images/STEM.png, metadata.jsonl (file_name, text, concept, split: "train" or "held_out"), ATTRIBUTION.txt.
+    images/STEM.png, metadata.jsonl (file_name, text, concept, group, split: "train" or "held_out"),
+    ATTRIBUTION.txt.
     The same packages give the same bytes.
 
     Args:
@@ -131,6 +133,7 @@ def _metadata(stems: Iterable[str], named: Mapping[str, str]) -> bytes:
             "file_name": f"images/{stem}.png",
             "text": named[stem],
             "concept": concept(named[stem]),
+            "group": group(stem),
             "split": "held_out" if stem in held else "train",
         }
         for stem in stems

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from sfumato.data.openmoji_groups import GROUPS
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Flow
@@ -116,6 +117,25 @@ def openmoji_dit() -> Recipe:
         shared_modulation=True,
     )
     return _denoiser("openmoji-dit", net)
+
+
+@RECIPES("openmoji-classes")
+def openmoji_classes() -> Recipe:
+    """The DiT of openmoji-dit told one of OpenMoji's groups instead of a text; untried.
+
+    The metadata must have the column "group": `sfumato data openmoji` adds it to an earlier rendering.
+    """
+    full = openmoji_dit()
+    assert isinstance(full.task, DenoisingConfig)
+    assert isinstance(full.task.net, DiTConfig)
+    net = replace(full.task.net, text_dim=None, pooled_dim=None, num_classes=len(GROUPS))
+    return replace(
+        full,
+        name="openmoji-classes",
+        task=replace(full.task, net=net, text=None, prompts=()),
+        data=replace(full.data, label="group"),
+        about=_about("Class-conditional latent diffusion on OpenMoji, 64x64."),
+    )
 
 
 @RECIPES("openmoji-unet")

@@ -121,5 +121,25 @@ def scenes_dit() -> Recipe:
     )
 
 
+@RECIPES("toy-scenes")
+def toy_scenes() -> Recipe:
+    """Tiny twin of scenes-dit for tests, on pixels."""
+    full = scenes_dit()
+    assert isinstance(full.task, DenoisingConfig)
+    net = DiTConfig(
+        in_channels=3, out_channels=3, patch=8, width=16, depth=1, heads=2, text_dim=16, pooled_dim=16
+    )
+    text = TextTransformerConfig(vocab_size=300, context=8, width=16, depth=1, heads=2)
+    return replace(
+        full,
+        name="toy-scenes",
+        task=replace(full.task, net=net, text=text, autoencoder=None, prompts=()),
+        data=DataConfig(path=Path("scenes:64,size=32"), size=32),
+        optim=replace(full.optim, warmup=8),
+        trainer=TrainerConfig(images=64, batch=4, ema=0.9, log_every=16, preview_every=32, save_every=32),
+        about=About(summary="A tiny twin for tests; its pictures mean nothing."),
+    )
+
+
 def _about(summary: str) -> About:
     return About(summary=summary, license="Apache-2.0", data="scenes drawn by sfumato")

@@ -80,6 +80,7 @@ class DataConfig:
         buckets: instead of squares, sizes of the same area that are multiples of this number, each picture
             cropped to that of the nearest proportions, and batches of one size; None = squares.
         split: keep pictures whose metadata field "split" has this value; None = all.
+        label: metadata field whose values are the classes; None = the labels of the data.
         even: metadata field whose values are drawn equally often, whatever number of pictures share one;
             None = every picture equally often.
         flip: exchange left and right in half of the draws; not for captions that tell them apart.
@@ -95,6 +96,7 @@ class DataConfig:
     path: Path = Path("data")
     size: int = 64
     split: str | None = None
+    label: str | None = None
     even: str | None = None
     flip: bool = False
     shift: int = 0
@@ -133,7 +135,9 @@ def open_folder(config: DataConfig) -> ImageFolder:
     where = {"split": config.split} if config.split is not None else None
     limit = None if config.cache_gb is None else round(config.cache_gb * 1e9)
     store = ShardStore(config.cache, limit=limit)
-    return ImageFolder(config.path, transform=config.transform(), where=where, store=store)
+    return ImageFolder(
+        config.path, transform=config.transform(), label=config.label, where=where, store=store
+    )
 
 
 class Draws(Protocol):

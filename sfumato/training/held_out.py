@@ -32,12 +32,14 @@ class ValidationConfig:
             others are added; None = no such share.
         pictures: most that are used, at equal distances; the others are not trained on either.
         draws: times and noises for each picture.
+        velocity: log validation/velocity too, which compares denoisers of different objectives.
     """
 
     split: str | None = None
     share: float | None = None
     pictures: int = 256
     draws: int = 4
+    velocity: bool = False
 
     def __post_init__(self) -> None:
         if self.split is not None and self.share is not None:

@@ -46,6 +46,8 @@ FREE = frozenset(
         "trainer.validate_every",
         "validation.draws",
         "validation.pictures",
+        "validation.velocity",
+        "task.latents",
     }
 )
 

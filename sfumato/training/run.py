@@ -171,7 +171,8 @@ def _validation(
     task = job.task
     measure: DenoisingLoss | ReconstructionLoss
     if isinstance(task, Denoising):
-        measure = DenoisingLoss(task.objective, sampled=task.posterior == "sample", embed=task.embed)
+        sampled, velocity = task.posterior == "sample", recipe.validation.velocity
+        measure = DenoisingLoss(task.objective, sampled=sampled, embed=task.embed, velocity=velocity)
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
     else:
@@ -187,7 +188,8 @@ def _card(recipe: Recipe, about: About) -> str:
     """Model card: what it is, how it was made, whose data; folders of this machine stay out of it."""
     settings = to_json(recipe)
     del settings["out"], settings["about"], settings["data"]["path"]
-    for name in ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads", "embedder", "init"):
+    local = ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads", "embedder", "init", "latents")
+    for name in local:
         settings["task"].pop(name, None)
     lines = [f"# {about.name}", "", about.summary, "", "## Recipe", ""]
     lines += ["```json", json.dumps(settings, indent=1), "```"]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from sfumato.checkpoints.native import Folder, write_folder
 from sfumato.core.config import from_json
+from sfumato.core.random import Noise
+from sfumato.core.types import Conditioning, expand
+from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.guidance import noise_fraction
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.times import Uniform
@@ -24,7 +27,11 @@ from sfumato.training.held_out import HeldOut
 from sfumato.training.history import LOSS, read_log
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 
-__all__ = ["LOSS", "DenoisingLoss", "ReconstructionLoss", "Validation"]
+__all__ = ["LOSS", "VELOCITY", "DenoisingLoss", "ReconstructionLoss", "Validation"]
+
+VELOCITY = "validation/velocity"
+"""Name in the log of the error that compares denoisers of different objectives, see `DenoisingLoss`."""
+SPAN = (0.05, 0.95)  # noise fractions of it: at 1, a net that predicts eps says nothing of x0
 
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the noise-level bins, as fractions sigma / (alpha + sigma)
 Measure = Callable[[Folder, HeldOut], dict[str, float]]
@@ -41,15 +48,24 @@ class DenoisingLoss:
         objective: of the run.
         sampled: whether latents are samples of the posterior, or its means.
         embed: of the task, see `Denoising`.
+        velocity: measure besides the squared error of the velocity eps - x0 of the straight path (Liu et al.
+            2022, arXiv:2209.03003) at uniform noise fractions, whatever schedule, parameterization, times and
+            weights the run has: |x0 error|^2 / fraction^2 at the level of its schedule with that fraction.
     """
 
     def __init__(
-        self, objective: Objective, *, sampled: bool, embed: Callable[[Tensor], Tensor] | None = None
+        self,
+        objective: Objective,
+        *,
+        sampled: bool,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        velocity: bool = False,
     ) -> None:
         learns = hasattr(objective.times, "state_dict")
         self.objective = replace(objective, times=Uniform()) if learns else objective
         self.sampled = sampled
         self.embed = embed
+        self.velocity = velocity
         self._clean: dict[int, Tensor] = {}
 
     def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
@@ -57,6 +73,7 @@ class DenoisingLoss:
         system = assemble(from_json(SystemConfig, dict(folder.system)), folder.parts)
         (stage,) = system.stages
         schedule, losses, fractions = stage.denoiser.schedule, [], []
+        errors, places = list[Tensor](), list[Tensor]()
         for rows in held.rows():
             if rows.start not in self._clean:  # the codec is not trained
                 images = held.images(rows, stage.device)
@@ -72,7 +89,12 @@ class DenoisingLoss:
                 loss = self.objective(stage.denoiser, clean, cond, held.noise(rows, name)).loss
                 losses.append(loss)
                 fractions.append(noise_fraction(schedule(t)))
-        return _by_level(held.pooled(losses), held.pooled(fractions))
+                if self.velocity:
+                    error, fraction = _velocity(stage.denoiser, clean, cond, held.noise(rows, f"flow {draw}"))
+                    errors.append(error)
+                    places.append(fraction)
+        numbers = _by_level(LOSS, held.pooled(losses), held.pooled(fractions))
+        return numbers | (_by_level(VELOCITY, held.pooled(errors), held.pooled(places)) if errors else {})
 
 
 class ReconstructionLoss:
@@ -151,12 +173,23 @@ class Validation:
         return min((row[LOSS] for row in rows if LOSS in row), default=math.inf)
 
 
-def _by_level(losses: Tensor, fractions: Tensor) -> dict[str, float]:
-    """LOSS and the means over bins of the noise fraction."""
-    numbers = {LOSS: float(losses.mean())}
+def _velocity(denoiser: Denoiser, clean: Tensor, cond: Conditioning, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Squared errors of the velocity, and the noise fractions at which they were measured; (B,) each."""
+    low, high = SPAN
+    at = low + (high - low) * noise.uniform(torch.empty(len(clean), dtype=torch.float64))
+    level = denoiser.schedule(denoiser.schedule.time_of(at / (1 - at)))
+    x_t = expand(level.alpha, clean) * clean + expand(level.sigma, clean) * noise(clean)
+    fraction = noise_fraction(level)
+    error = (denoiser(x_t, level, cond).x0 - clean).double().square().flatten(1).mean(1).cpu()
+    return error / fraction.square(), fraction
+
+
+def _by_level(name: str, losses: Tensor, fractions: Tensor) -> dict[str, float]:
+    """The mean of a loss, and its means over bins of the noise fraction."""
+    numbers = {name: float(losses.mean())}
     bins = torch.bucketize(fractions, torch.tensor(EDGES[1:-1], dtype=fractions.dtype))
     for i, (low, high) in enumerate(pairwise(EDGES)):
         inside = losses[bins == i]
         if len(inside):
-            numbers[f"{LOSS}/{low:.2f}-{high:.2f}"] = float(inside.mean())
+            numbers[f"{name}/{low:.2f}-{high:.2f}"] = float(inside.mean())
     return numbers

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from sfumato.core.png import read_text
-from sfumato.data import openmoji
+from sfumato.data import openmoji, openmoji_groups
 from sfumato.data.datasets import ImageFolder
+from sfumato.data.openmoji_groups import GROUPS, group
 
 NAMES = [
     "2764", "1F469-1F3FF-200D-1F680", "1F600", "0023-FE0F-20E3", "1F1E6-1F1FA", "1F34E", "1F494", "1F697",
@@ -45,13 +46,36 @@ def test_captions():
     assert list(known) == sorted(known)
 
 
+@pytest.mark.parametrize(
+    ("caption", "kind"),
+    [
+        *(("grinning face", "faces"), ("Australia", "flags"), ("rainbow flag", "flags"), ("pizza", "food")),
+        *(("dog", "nature"), ("guitar", "objects"), ("woman astronaut dark skin tone", "people")),
+        *(("woman detective", "people"), ("ear", "people"), ("rocket", "places"), ("keycap #", "symbols")),
+        *(("red heart", "symbols"), ("male sign", "symbols"), ("transgender flag", "flags")),
+        *(("orange heart", "symbols"), ("white heart", "symbols"), ("pinched fingers", "people")),
+    ],
+)
+def test_the_group_of_a_picture(caption, kind):
+    stems = {text: stem for stem, text in openmoji.captions().items()}
+    assert group(stems[caption]) == kind
+
+
+def test_every_group_has_pictures_and_no_range_is_idle():
+    stems = list(openmoji.captions())
+    assert {group(stem) for stem in stems} == set(GROUPS)
+    firsts = {int(stem.split("-")[0], 16) for stem in stems}
+    ranges = [pair for pairs in openmoji_groups._RANGES.values() for pair in pairs]
+    assert [(hex(a), hex(b)) for a, b in ranges if not firsts & set(range(a, b + 1))] == []
+
+
 def test_is_an_ordinary_image_folder(folder, names):
     data = ImageFolder(folder)
     known = openmoji.captions()
     assert data.texts == [known[n] for n in names]
     assert data.images().shape == (len(names), 3, 64, 64)
     astronaut = next(e for e in data.entries if e.text == "woman astronaut dark skin tone")
-    assert astronaut.fields == {"concept": "woman astronaut", "split": "train"}
+    assert astronaut.fields == {"concept": "woman astronaut", "group": "people", "split": "train"}
     held = ImageFolder(folder, where={"split": "held_out"})
     assert {e.file.stem for e in held.entries} == openmoji.held_out() & set(names)
     assert len(held) >= 2

@@ -106,6 +106,42 @@ def test_two_steps_are_finite_and_reach_every_parameter(name, flags, pictures, t
     )
 
 
+def test_a_field_of_the_metadata_gives_the_classes(pictures, tmp_path):
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    (pictures / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({k: v for k, v in row.items() if k != "label"}) for row in rows)
+    )
+    recipe = toy("toy-classes", pictures, tmp_path, images=4)
+    data = replace(recipe.data, label="concept", split="train")
+    assert open_folder(data).classes == ("blue", "green", "red")
+    assert set(open_folder(data).labels) == {1, 2}  # blue ones are held out, and leave their number free
+    system = load_system(train(replace(recipe, data=data)))
+    (label,) = system.config.stages[0].conditioners
+    assert label.names == ("blue", "green", "red")
+    with pytest.raises(ValueError, match="no field 'shade'"):
+        open_folder(replace(data, label="shade"))
+
+
+def test_runs_share_a_folder_of_latents(pictures, tmp_path, monkeypatch):
+    net = Autoencoder(AutoencoderConfig(channels=8, mults=(1, 2), blocks=1, norm_groups=4, patch=1))
+    write_folder(tmp_path / "first", Folder(Parts({"autoencoder": net}), {}))
+    recipe = toy("toy-dit", pictures, tmp_path, images=4)
+    shape = replace(recipe.task.net, in_channels=4, out_channels=4, patch=2)
+    task = replace(recipe.task, net=shape, autoencoder=tmp_path / "first", latents=tmp_path / "shared")
+    train(replace(recipe, task=task, out=tmp_path / "a"))
+    assert [path.suffix for path in (tmp_path / "shared").iterdir()] == [".safetensors"]
+
+    def encode(self, image):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    train(replace(recipe, task=task, out=tmp_path / "b"))
+    assert not (tmp_path / "b/latents").exists()
+    with pytest.raises(AssertionError, match="encoded again"):
+        train(replace(recipe, task=replace(task, latents=None), out=tmp_path / "c"))
+
+
 def test_labels_reach_every_parameter_of_a_unet(pictures, tmp_path):
     recipe = toy("toy-unet", pictures, tmp_path)
     table = EmbedderConfig(kind="table", features=(Feature(field="label", dim=4),))

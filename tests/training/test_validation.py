@@ -13,7 +13,12 @@ import torch
 from sfumato.checkpoints.native import Folder, Parts, write_folder
 from sfumato.core.config import to_json
 from sfumato.core.random import Noise
+from sfumato.core.types import Denoised
 from sfumato.core.world import ALONE
+from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.objective import Objective
+from sfumato.diffusion.schedules import Discrete, Flow
+from sfumato.diffusion.times import LossSecondMoment, Uniform
 from sfumato.families import RECIPES
 from sfumato.nets.perceptual import PerceptualConfig, PerceptualNet
 from sfumato.systems.system import load_system
@@ -26,7 +31,7 @@ from sfumato.training.recipe import Recipe, differences
 from sfumato.training.run import train
 from sfumato.training.state import Checkpoints
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
-from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, Validation, _by_level
+from sfumato.training.validation import VELOCITY, DenoisingLoss, ReconstructionLoss, Validation, _by_level
 
 
 def toy(name, pictures, out, *, split="held_out", **trainer) -> Recipe:
@@ -121,6 +126,52 @@ def test_the_loss_is_the_objective_of_the_averaged_system_at_fixed_draws(picture
     assert alone == pytest.approx(first, rel=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [(Flow(multiplier=1000.0), "flow"), (Discrete(), "eps"), (Discrete(), "v")],
+    ids=["flow", "eps", "v"],
+)
+def test_the_velocity_error_is_that_of_one_path_for_every_objective(
+    schedule, prediction, pictures, tmp_path, monkeypatch
+):
+    """A denoiser that always says x0 = 0 loses the same whatever it is told in: |x0|^2 / fraction^2."""
+    recipe = toy("toy-dit", pictures, tmp_path)
+    recipe = replace(recipe, task=replace(recipe.task, schedule=schedule, prediction=prediction))
+    held = HeldOut(open_folder(recipe.data), 4, 2)
+    job = build(recipe, Place(tmp_path, torch.device("cpu"), open_folder(recipe.data), recipe.about, ""))
+    monkeypatch.setattr(
+        Denoiser, "__call__", lambda self, x, level, cond: Denoised(torch.zeros_like(x), x, None)
+    )
+    measure = DenoisingLoss(recipe.task.objective, sampled=False, velocity=True)
+    with torch.no_grad():
+        numbers = measure(job.result(job.task.modules), held)
+    squares = held.images(slice(0, 8), torch.device("cpu")).double().square().flatten(1).mean(1)
+    expected = []
+    for rows in held.rows():
+        for draw in range(2):
+            noise = Noise(range(rows.start, rows.stop)).fork(f"validation/flow {draw}")
+            at = 0.05 + 0.9 * noise.uniform(torch.empty(rows.stop - rows.start, dtype=torch.float64))
+            expected.append(squares[rows] / at**2)
+    assert len(held.rows()) == 2
+    assert numbers[VELOCITY] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
+    assert {f"{VELOCITY}/0.00-0.25", f"{VELOCITY}/0.75-1.00"} <= set(numbers)
+
+
+def test_the_velocity_error_of_a_flow_net_is_its_loss(pictures, tmp_path):
+    """The parameterization flow predicts the velocity itself: at the same draws both are one number."""
+    recipe = toy("toy-dit", pictures, tmp_path)
+    job = build(recipe, Place(tmp_path, torch.device("cpu"), open_folder(recipe.data), recipe.about, ""))
+    for parameter in job.task.modules["denoiser"].parameters():  # a fresh net says zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    held = HeldOut(open_folder(recipe.data), 8, 200)
+    measure = DenoisingLoss(Objective(times=Uniform()), sampled=False, velocity=True)
+    with torch.no_grad():
+        numbers = measure(job.result(job.task.modules), held)
+    # Two estimates from 1600 draws each, the one without a tenth of the times.
+    assert numbers[VELOCITY] == pytest.approx(numbers[LOSS], rel=0.05)
+    assert numbers[f"{VELOCITY}/0.25-0.50"] == pytest.approx(numbers[f"{LOSS}/0.25-0.50"], rel=0.05)
+
+
 def test_embeddings_of_held_out_pictures_are_measured(pictures, tmp_path):
     net = PerceptualNet(PerceptualConfig(widths=(4, 8), convs=(1, 1)))
     write_folder(tmp_path / "net", Folder(Parts({"perceptual": net}), {}))
@@ -150,7 +201,7 @@ def test_embeddings_of_held_out_pictures_are_measured(pictures, tmp_path):
 
 def test_bins_are_quarters_of_the_noise_fraction_and_empty_ones_are_left_out():
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
-    found = _by_level(losses, torch.tensor([0.1, 0.2, 0.6, 1.0]))
+    found = _by_level(LOSS, losses, torch.tensor([0.1, 0.2, 0.6, 1.0]))
     assert found == {
         LOSS: 3.75,
         f"{LOSS}/0.00-0.25": 1.5,
@@ -160,9 +211,6 @@ def test_bins_are_quarters_of_the_noise_fraction_and_empty_ones_are_left_out():
 
 
 def test_a_time_sampler_that_learns_is_left_alone(pictures, tmp_path):
-    from sfumato.diffusion.objective import Objective
-    from sfumato.diffusion.times import LossSecondMoment, Uniform
-
     times = LossSecondMoment(steps=10)
     measure = DenoisingLoss(Objective(times=times), sampled=True)
     assert isinstance(measure.objective.times, Uniform)

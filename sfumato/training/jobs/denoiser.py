@@ -93,7 +93,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
-    settings = _stage(config, source, built)
+    settings = _stage(config, source, built, place.pictures.classes)
     system, place = SystemConfig(stages=(settings,)), _credited(place, base)
 
     def parts(averaged: Mapping[str, nn.Module]) -> Parts:
@@ -197,10 +197,11 @@ def _frozen(built: Built, config: DenoisingConfig) -> Built:
     return replace(built, adapters=adapters, lora=lora)
 
 
-def _stage(config: DenoisingConfig, source: Source, built: Built) -> StageConfig:
+def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple[str, ...]) -> StageConfig:
     conditioners: list[ConditionerConfig] = [TokenTextConfig()] if "text" in built.nets else []
     if built.num_classes is not None:
-        conditioners.append(LabelConfig(num_classes=built.num_classes))
+        names = classes if len(classes) == built.num_classes else ()
+        conditioners.append(LabelConfig(num_classes=built.num_classes, names=names))
     return StageConfig(
         schedule=config.schedule,
         parameterization=config.prediction,

@@ -138,7 +138,11 @@ def _latents(
     moments, sampled = None, config.posterior == "sample"
     if cached:
         moments = encode_folder(
-            net, place.pictures, place.out / "latents", sizes=pictures.order.sizes, world=place.world
+            net,
+            place.pictures,
+            config.latents or place.out / "latents",
+            sizes=pictures.order.sizes,
+            world=place.world,
         )
     if codec is None:
         surveyed = moments or _survey(recipe, net, pictures.order.sizes)

@@ -52,6 +52,7 @@ class DenoisingConfig:
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented; and every caption,
             if the text tower is not trained.
+        latents: folder of that cache, for runs that share their pictures; None = within the run folder.
         schedule: noise over time.
         prediction: a parameterization: eps, x0, v, flow or edm.
         learned_var: the net has twice the channels and learns a variance; needs objective.vlb.
@@ -77,6 +78,7 @@ class DenoisingConfig:
     embedder: Path | None = None
     posterior: Posterior = "sample"
     cache: bool = True
+    latents: Path | None = None
     schedule: ScheduleConfig = field(default_factory=Flow)
     prediction: str = "flow"
     learned_var: bool = False
