@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from sfumato.checkpoints.keymap import KeyMap
 from sfumato.core.registry import Registry, unknown
 
-__all__ = ["LAYOUTS", "Layout", "Part", "Settings", "Shapes", "indices", "settled", "shape_of"]
+__all__ = ["LAYOUTS", "OURS", "Layout", "Part", "Settings", "Shapes", "indices", "settled", "shape_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, which is all that a table looks at before the net is built."""
 Settings = Mapping[str, object]
 """Constructor arguments of the reference, by the reference's own names."""
+OURS = "(config)"
+"""Where settings carry what the tensors say of a net in our words."""
 C = TypeVar("C")
 
 
