@@ -114,7 +114,8 @@ def write_part(
         raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
     ours: Any = net.config
     settings = part.published(ours, extra or {})
-    state = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    named = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    state = {part.prefix + name: v for name, v in named.items()}
     if not kind.diffusers and path.suffix not in WRITTEN:
         allowed = ", ".join(WRITTEN)
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
