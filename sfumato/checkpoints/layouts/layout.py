@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -72,11 +72,13 @@ class Layout:
         marks: names that together tell it from the other layouts.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
+        library: which that class is from.
     """
 
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
+    library: Literal["diffusers", "transformers"] = "diffusers"
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
