@@ -22,7 +22,10 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 LEADING = BETAS | {"steps_offset": 1, "timestep_spacing": "leading"}
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
+    "plms": ("PNDMScheduler", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", LEADING),
+    "dpmpp_2m_linspace": ("DPMSolverMultistepScheduler", BETAS),
+    "unipc": ("UniPCMultistepScheduler", LEADING),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", LEADING),
     "v": (
         "DDIMScheduler",
@@ -169,7 +172,9 @@ def test_what_is_no_system_yet_says_so(tmp_path: Path) -> None:
     assert system.config.stages[0].defaults.guidance.scale == 7.5
     wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 9})
     wide.save_pretrained(path / "unet")
-    with pytest.raises(ValueError, match="this U-Net has 9 input channels .*: inpainting, .* no systems yet"):
+    with pytest.raises(
+        ValueError, match=r"this U-Net has 9 input channels .*: inpainting, .* no systems yet"
+    ):
         sfumato.load(path)
 
 
