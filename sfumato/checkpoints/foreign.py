@@ -15,6 +15,8 @@ from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
+from sfumato.text.clip import clip_tokenizer
+from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
 
@@ -35,12 +37,14 @@ class Foreign:
         settings: by part, in the names of the reference's constructor.
         extras: other JSON files of a diffusers folder by their subfolder ("scheduler"), and its
             model_index.json as "".
+        tokenizers: of a diffusers folder by their subfolder.
     """
 
     nets: Mapping[str, nn.Module]
     layouts: Mapping[str, str]
     settings: Mapping[str, Settings]
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
 
     def __add__(self, other: Foreign) -> Foreign:
         """The parts of both; of a part that both have, the other's."""
@@ -49,7 +53,13 @@ class Foreign:
             {**self.layouts, **other.layouts},
             {**self.settings, **other.settings},
             {**self.extras, **other.extras},
+            {**self.tokenizers, **other.tokenizers},
         )
+
+    def named(self, name: str) -> Foreign:
+        """The same one part under another name."""
+        (old,) = self.nets
+        return Foreign({name: self.nets[old]}, {name: self.layouts[old]}, {name: self.settings[old]})
 
 
 def read_foreign(
@@ -114,7 +124,8 @@ def write_part(
         raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
     ours: Any = net.config
     settings = part.published(ours, extra or {})
-    state = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    rows = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    state = {part.prefix + name: v for name, v in rows.items()}
     if not kind.diffusers and path.suffix not in WRITTEN:
         allowed = ", ".join(WRITTEN)
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
@@ -122,9 +133,10 @@ def write_part(
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind.diffusers:
             path.mkdir(exist_ok=True)
-            told = {"_class_name": kind.diffusers, **settings}
-            (path / CONFIG).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-            path = path / f"{WEIGHTS[0]}.safetensors"
+            hub = kind.library == "transformers"
+            named = {"architectures": [kind.diffusers]} if hub else {"_class_name": kind.diffusers}
+            (path / CONFIG).write_text(json.dumps({**named, **settings}, indent=2) + "\n", "utf-8")
+            path = path / f"{WEIGHTS[hub]}.safetensors"
         if path.suffix == ".pt":
             torch.save({name: _stored(v, dtype) for name, v in state.items()}, path)
         else:
@@ -161,9 +173,12 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
             continue
         if name == "scheduler":
             found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
+        elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
+            found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
         elif (layout := _of_class(str(entry[1]))) is not None:
             given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            found += _read_folder(path / name, layout, given)
+            part = _read_folder(path / name, layout, given)
+            found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / INDEX} names no model that sfumato reads; it reads {', '.join(classes)}")
@@ -172,7 +187,7 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
 
 def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     told = read_json(path / CONFIG)
-    name = str(told.get("_class_name", ""))
+    name = str(told.get("_class_name") or (told.get("architectures") or [""])[0])
     layout = layout or _of_class(name)
     if layout is None:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]

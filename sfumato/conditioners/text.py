@@ -11,7 +11,7 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["TokenText"]
+__all__ = ["TokenText", "checked"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenText:
         Raises: ValueError if there is not one text per picture.
         """
         texts = [""] * inputs.n if inputs.text is None else inputs.text
-        return self.encode(_checked(texts, inputs.n, "text"))
+        return self.encode(checked(texts, inputs.n, "text"))
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """The negative texts, or the empty one, in place of the text."""
@@ -35,7 +35,7 @@ class TokenText:
             # One row serves all: the empty text is what most requests and every caption dropout use.
             empty = self.encode([""]).map(lambda v: v.expand(inputs.n, *v.shape[1:]))
         else:
-            empty = self.encode(_checked(inputs.negative, inputs.n, "negative"))
+            empty = self.encode(checked(inputs.negative, inputs.n, "negative"))
         return replace(cond, tokens=empty.tokens, mask=empty.mask, pooled=empty.pooled)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -48,7 +48,8 @@ class TokenText:
         return Conditioning(tokens=tokens, mask=mask, pooled=pooled)
 
 
-def _checked(texts: Sequence[str], n: int, name: str) -> Sequence[str]:
+def checked(texts: Sequence[str], n: int, name: str) -> Sequence[str]:
+    """The texts themselves. Raises: ValueError if there is not one per picture."""
     if isinstance(texts, str) or len(texts) != n:
         count = "one string" if isinstance(texts, str) else f"{len(texts)} strings"
         raise ValueError(f"{name} is {count} for {n} pictures; give a list of {n}")

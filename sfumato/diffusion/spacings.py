@@ -29,14 +29,20 @@ __all__ = [
 
 
 @SPACINGS("leading")
-def leading(schedule: NoiseSchedule, steps: int, *, offset: int = 0, clean_end: bool = True) -> Grid:
+def leading(
+    schedule: NoiseSchedule, steps: int, *, offset: int = 0, clean_end: bool = True, drop_last: bool = False
+) -> Grid:
     """Every (T // steps)-th index from `offset` on; discrete schedules only.
+
+    Args:
+        drop_last: lay out one step more and leave out the cleanest, as diffusers does for DPM-Solver++ and
+            UniPC, whose last step then goes farther.
 
     offset=1, clean_end=False is Stable Diffusion's DDIM: 981, 961, ..., 1, then the level of index 0. The
     walk does not start at the noisiest level.
     """
     table = _discrete(schedule, steps, "leading")
-    t = torch.arange(steps) * (table.steps // steps) + offset
+    t = (torch.arange(steps) + drop_last) * (table.steps // (steps + drop_last)) + offset
     if offset < 0 or int(t[-1]) >= table.steps:
         raise ValueError(
             f"offset={offset} moves {steps} leading steps out of the table 0..{table.steps - 1}; lower it"
@@ -69,6 +75,7 @@ def linspace(
     rounding: bool = True,
     clean_end: bool = True,
     last: float | None = None,
+    drop_last: bool = False,
 ) -> Grid:
     """Evenly in time from the noisiest to the cleanest level, the latter only if it has noise (not in flow).
 
@@ -76,6 +83,7 @@ def linspace(
         rounding: on a discrete schedule round to whole indices, half to even after numpy's linspace; False
             takes fractional ones (k-diffusion).
         last: the cleanest time visited, instead of the schedule's (0.04 for the SDE of SiT).
+        drop_last: as of `leading`; where indices are rounded.
     """
     _check_steps(schedule, steps)
     clean, noisy = schedule.span
@@ -89,7 +97,8 @@ def linspace(
         t = _line(noisy, clean, steps + 1)[:-1]
     if rounding and isinstance(schedule, Discrete):
         # torch's line is symmetric; numpy's goes up from 0, and that decides where exact halves fall.
-        t = torch.from_numpy(np.linspace(clean, noisy, steps)).round().flip(0) if steps > 1 else t
+        count = steps + drop_last
+        t = torch.from_numpy(np.linspace(clean, noisy, count)[drop_last:]).round().flip(0) if count > 1 else t
     return _grid(schedule, t, clean_end)
 
 

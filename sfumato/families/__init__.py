@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sfumato.families import dit, latent, scenes  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+    dit,
+    latent,
+    scenes,
+    stable,
+)
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES
 

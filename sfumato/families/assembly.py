@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from sfumato.checkpoints.foreign import INDEX, Foreign, write_part
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.native import staging
 from sfumato.core.registry import Registry
+from sfumato.systems.config import LatentsConfig
 from sfumato.systems.system import System
 
-__all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "system_of", "write_system"]
+__all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "system_of", "write_system"]
+
+SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, which others took over
 
 ASSEMBLIES: Registry[Callable[[Foreign], System]] = Registry("layout of a system")
 """Layout of the denoiser -> what makes a system of everything that was found."""
@@ -31,12 +34,14 @@ class Publication:
         extra: settings that the nets do not know, such as the size of a picture, by the same name.
         index: of a diffusers pipeline: the content of model_index.json besides the models.
         extras: of a diffusers pipeline: other JSON files by their path.
+        texts: likewise, other files.
     """
 
     parts: Mapping[str, tuple[str, str]]
     extra: Mapping[str, Mapping[str, object]]
     index: Mapping[str, object]
     extras: Mapping[str, Mapping[str, object]]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 PUBLICATIONS: Registry[Callable[[System], Publication]] = Registry("layout that systems are written in")
@@ -67,10 +72,20 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
         for name, (kind, subfolder) in plan.parts.items():
             extra = plan.extra.get(name)
             write_part(system.parts.nets[name], folder / subfolder, kind, extra=extra, dtype=dtype)
-            index[subfolder] = ["diffusers", LAYOUTS[kind].diffusers]
-        for name, content in {**plan.extras, INDEX: index}.items():
+            index[subfolder] = [LAYOUTS[kind].library, LAYOUTS[kind].diffusers]
+        told = {**plan.extras, INDEX: index}
+        texts = {name: json.dumps(content, indent=2) + "\n" for name, content in told.items()}
+        for name, text in {**texts, **plan.texts}.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            (folder / name).write_text(text, "utf-8")
         if path.exists():
             path.rmdir()
         shutil.move(folder, path)
+
+
+def latents_of(settings: Mapping[str, object]) -> LatentsConfig:
+    """How the latents of a first stage are scaled: (z - shift) * scale."""
+    scale, shift = settings.get("scaling_factor") or SCALE, settings.get("shift_factor") or 0.0
+    assert isinstance(scale, float | int)
+    assert isinstance(shift, float | int)
+    return LatentsConfig(autoencoder="vae", mean=(float(shift),), std=(1 / scale,))

@@ -11,7 +11,7 @@ from sfumato.checkpoints.native import Parts
 from sfumato.core.registry import unknown
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.schedules import Discrete, Flow
-from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication
+from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication, latents_of
 from sfumato.families.schedulers import Sampling, ddim_config, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.dit import DiT
@@ -29,7 +29,6 @@ from sfumato.systems.system import System, assemble
 
 __all__ = ["dit_system"]
 
-SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, with which DiT and SiT were trained
 ANCESTRAL = SampleOptions(sampler="ddpm", steps=250, spacing="respaced", guidance=CFG(4.0, channels=3))
 STRAIGHT = SampleOptions(
     sampler="flow_sde",
@@ -78,7 +77,7 @@ def dit_system(found: Foreign, sampling: Sampling, name: str) -> System:
                 f"the first stage has {vae.config.embed_dim} latent channels, the DiT {c.in_channels}; "
                 "they do not belong together"
             )
-        codec = _latents(found.settings["vae"])
+        codec = latents_of(found.settings["vae"])
     labels = (
         () if c.num_classes is None else (LabelConfig(num_classes=c.num_classes, names=_names(found.extras)),)
     )
@@ -95,14 +94,6 @@ def dit_system(found: Foreign, sampling: Sampling, name: str) -> System:
     )
     summary = f"Read from a file of another program; {c.convention} convention."
     return assemble(SystemConfig(stages=(stage,)), Parts(found.nets), about=About(name=name, summary=summary))
-
-
-def _latents(settings: Mapping[str, object]) -> LatentsConfig:
-    """How the latents of a first stage are scaled: (z - shift) * scale."""
-    scale, shift = settings.get("scaling_factor") or SCALE, settings.get("shift_factor") or 0.0
-    assert isinstance(scale, float | int)
-    assert isinstance(shift, float | int)
-    return LatentsConfig(autoencoder="vae", mean=(float(shift),), std=(1 / scale,))
 
 
 def _names(extras: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

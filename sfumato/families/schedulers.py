@@ -28,6 +28,7 @@ SAMPLERS = {
     "UniPCMultistepScheduler": "unipc",
 }
 """Class of diffusers -> our sampler."""
+DROPPING = ("dpmpp_2m", "unipc")  # lay out one step more than they take
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
     knobs: dict[str, bool | int | float | str | None] = {}
     if spacing == "leading" and config.get("steps_offset"):
         knobs["offset"] = int(config["steps_offset"])
+    if sampler in DROPPING and spacing != "trailing":
+        knobs["drop_last"] = True
     if not config.get("set_alpha_to_one", True):
         knobs["clean_end"] = False
     clips = config.get("clip_sample", sampler in ("ddim", "ddpm"))

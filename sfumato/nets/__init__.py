@@ -60,6 +60,7 @@ class NetTable(Mapping[str, NetKind]):
 NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
+        "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),

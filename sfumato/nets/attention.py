@@ -36,6 +36,8 @@ class AttentionConfig:
         depth: number of transformer blocks.
         to_pixels: False = "appended" reads the tokens only (IF's super-resolution), and the first attention
             of a transformer block reads the tokens as the second one does (Stable Diffusion's x4 upscaler).
+        conv_proj: published files have the projections around a transformer as 1x1 convolutions; it is of no
+            effect but on how they are written.
         norm_tokens: "appended" normalizes the tokens, over groups of channels and all positions (IF).
     """
 
@@ -45,6 +47,7 @@ class AttentionConfig:
     depth: int = 1
     to_pixels: bool = True
     norm_tokens: bool = False
+    conv_proj: bool = False
 
     def __post_init__(self) -> None:
         if (self.heads > 0) == (self.head_dim > 0):

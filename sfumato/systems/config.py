@@ -10,6 +10,7 @@ from pydantic import Field
 
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner, merged
+from sfumato.conditioners.clip import ClipText, Tower
 from sfumato.conditioners.image import Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
 from sfumato.conditioners.text import TokenText
@@ -18,12 +19,14 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.parameterization import PARAMETERIZATIONS
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIPText
 from sfumato.systems.codec import Codec, Embeddings, Latents, Pixels
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Emits, Stage
 
 __all__ = [
     "About",
+    "ClipTextConfig",
     "CodecConfig",
     "ConditionerConfig",
     "EmbeddingsConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "StageConfig",
     "SystemConfig",
     "TokenTextConfig",
+    "TowerConfig",
 ]
 
 T = TypeVar("T")
@@ -131,12 +135,41 @@ class TokenTextConfig:
         tokenizer = _part("tokenizer", self.tokenizer, parts.tokenizers)
         encoder = _part("network", self.encoder, parts.nets)
         rows = getattr(getattr(encoder, "config", None), "vocab_size", tokenizer.vocab_size)
-        if rows < tokenizer.vocab_size:
-            raise ValueError(
-                f"tokenizer {self.tokenizer!r} has {tokenizer.vocab_size} ids but network {self.encoder!r} "
-                f"embeds {rows}; they do not belong together"
-            )
+        _check_ids(self.tokenizer, tokenizer.vocab_size, self.encoder, rows)
         return TokenText(tokenizer, encoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """See conditioners.clip.Tower; names of a tokenizer and a network among the parts."""
+
+    tokenizer: str = "tokenizer"
+    encoder: str = "text_encoder"
+    skip: int = 0
+    norm: bool = True
+
+    def build(self, parts: Parts) -> Tower:
+        """The tower itself."""
+        tokenizer = _part("tokenizer", self.tokenizer, parts.tokenizers)
+        encoder = _part("network", self.encoder, parts.nets)
+        if not isinstance(encoder, CLIPText):
+            raise ValueError(f"network {self.encoder!r} is a {type(encoder).__name__}; a tower is a CLIPText")
+        _check_ids(self.tokenizer, tokenizer.vocab_size, self.encoder, encoder.config.vocab)
+        return Tower(tokenizer, encoder, self.skip, self.norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    """See conditioners.clip.ClipText."""
+
+    towers: tuple[TowerConfig, ...] = (TowerConfig(),)
+    pooled: bool = False
+    zero_null: bool = False
+    kind: Literal["clip_text"] = "clip_text"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return ClipText(tuple(tower.build(parts) for tower in self.towers), self.pooled, self.zero_null)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +214,7 @@ class InpaintConfig:
 
 CodecConfig = Annotated[PixelsConfig | LatentsConfig | EmbeddingsConfig, Field(discriminator="kind")]
 ConditionerConfig = Annotated[
-    TokenTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
+    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
 ]
 
 
@@ -247,3 +280,11 @@ def _part(kind: str, name: str, parts: Mapping[str, T]) -> T:
     if name not in parts:
         raise ValueError(unknown(f"{kind} part", name, list(parts)))
     return parts[name]
+
+
+def _check_ids(tokenizer: str, ids: int, encoder: str, rows: int) -> None:
+    if rows < ids:
+        raise ValueError(
+            f"tokenizer {tokenizer!r} has {ids} ids but network {encoder!r} embeds {rows}; "
+            "they do not belong together"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
-__all__ = ["CLIPTokenizer"]
+from sfumato.text.tokenizers import Tokenizer
 
+__all__ = ["CLIPTokenizer", "clip_files", "clip_tokenizer"]
+
+LONGEST = 2**16  # ids per text that a file may mean
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Of the published code: specials, English endings, runs of letters, single digits, runs of anything else.
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
@@ -30,18 +34,76 @@ class CLIPTokenizer:
     """
 
     def __init__(self, folder: Path, context: int = 77) -> None:
-        engine = _engine(folder)
-        ends = [(token, engine.token_to_id(token)) for token in (START, END)]
-        if None in (id for _, id in ends):
-            raise ValueError(f"the tokenizer in {folder} is not CLIP's: it lacks {START} or {END}")
-        engine.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
-        engine.enable_truncation(context)
-        engine.enable_padding(length=context, pad_id=ends[1][1], pad_token=END)
-        self._engine = engine
+        self._engine = _padded(folder, context, END)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Ids (B, context) int64."""
         return torch.tensor([row.ids for row in self._engine.encode_batch(list(texts))], dtype=torch.long)
+
+
+def clip_tokenizer(folder: Path) -> Tokenizer:
+    """A pipeline's tokenizer, with the length and the padding that its files say.
+
+    Raises: ValueError in one line if the folder has none, or what it has is damaged.
+    """
+    told: dict[str, object] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        try:
+            told |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from None
+    pad, context = told.get("pad_token") or END, told.get("model_max_length")
+    if isinstance(pad, dict):
+        pad = pad.get("content", END)
+    context = context if isinstance(context, int) and context < LONGEST else 77  # 1e30 = not known
+    return Tokenizer(_padded(folder, context, str(pad)), context)
+
+
+def clip_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a pipeline's tokenizer folder: name -> content.
+
+    Raises: ValueError if it is no byte-pair encoding with CLIP's start and end.
+    """
+    told = json.loads(tokenizer.to_json())
+    vocabulary, merges = told["model"].get("vocab", {}), told["model"].get("merges", [])
+    if START not in vocabulary or END not in vocabulary:
+        raise ValueError(f"the tokenizer is not CLIP's: it lacks {START} or {END}")
+    special = {
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": told["padding"]["pad_token"],
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "model_max_length": tokenizer.context,
+        **special,
+    }
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *pairs, ""]),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "special_tokens_map.json": json.dumps(special, indent=2),
+    }
+
+
+def _padded(folder: Path, context: int, pad: str) -> Engine:
+    """An engine that cuts and fills to `context` ids between start and end."""
+    engine = _engine(folder)
+    ends = [(token, engine.token_to_id(token)) for token in (START, END)]
+    if None in (id for _, id in ends):
+        raise ValueError(f"the tokenizer in {folder} is not CLIP's: it lacks {START} or {END}")
+    engine.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+    number = engine.token_to_id(pad)
+    if number is None:
+        raise ValueError(f"the tokenizer in {folder} pads with {pad!r}, which it has no id for")
+    engine.enable_truncation(context)
+    engine.enable_padding(length=context, pad_id=number, pad_token=pad)
+    return engine
 
 
 def _engine(folder: Path) -> Engine:

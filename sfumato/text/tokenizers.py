@@ -18,16 +18,18 @@ class Tokenizer:
     """A `tokenizers` engine that cuts and pads every text to `context` ids.
 
     Args:
-        engine: its post-processor adds the start and end tokens, its padding token has an id.
+        engine: its post-processor adds the start and end tokens; its padding token has an id, and is
+            [PAD] if it says none.
         context: ids per text, L.
     """
 
     def __init__(self, engine: Engine, context: int) -> None:
-        pad = engine.token_to_id(PAD)
+        token = engine.padding["pad_token"] if engine.padding else PAD
+        pad = engine.token_to_id(token)
         if pad is None:
-            raise ValueError(f"the tokenizer has no {PAD} token")
+            raise ValueError(f"the tokenizer has no {token} token")
         engine.enable_truncation(context)
-        engine.enable_padding(length=context, pad_id=pad, pad_token=PAD)
+        engine.enable_padding(length=context, pad_id=pad, pad_token=token)
         self.context = context
         self._engine = engine
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sfumato.checkpoints.keymap import SAME, KeyMap, Leaf, LeafTable, squeezed
 from sfumato.checkpoints.layouts.layout import (
     LAYOUTS,
+    OURS,
     Layout,
     Part,
     Settings,
@@ -161,7 +162,6 @@ _ARGUMENTS = (
     "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block "
     "latent_channels use_quant_conv use_post_quant_conv mid_block_add_attention norm_num_groups"
 )
-OURS = "(config)"  # where settings carry what the tensors say of a first stage, in our words
 
 
 # diffusers

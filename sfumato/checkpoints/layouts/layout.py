@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from sfumato.checkpoints.keymap import KeyMap
 from sfumato.core.registry import Registry, unknown
 
-__all__ = ["LAYOUTS", "Layout", "Part", "Settings", "Shapes", "indices", "settled", "shape_of"]
+__all__ = ["LAYOUTS", "OURS", "Layout", "Part", "Settings", "Shapes", "indices", "settled", "shape_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, which is all that a table looks at before the net is built."""
 Settings = Mapping[str, object]
 """Constructor arguments of the reference, by the reference's own names."""
+OURS = "(config)"
+"""Where settings carry what the tensors say of a net in our words."""
 C = TypeVar("C")
 
 
@@ -70,11 +72,13 @@ class Layout:
         marks: names that together tell it from the other layouts.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
+        library: which that class is from.
     """
 
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
+    library: Literal["diffusers", "transformers"] = "diffusers"
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""

@@ -33,10 +33,11 @@ def _latent(
     at: Sequence[int],
     channels: tuple[int, int] = (3, 3),
     context: int = 0,
+    conv: bool = True,
 ) -> UNetConfig:
     """`context`: width of the tokens; the attention is then a spatial transformer."""
     if context:
-        attention = replace(attention, kind="transformer")
+        attention = replace(attention, kind="transformer", conv_proj=conv)
     return UNetConfig(
         in_channels=channels[0],
         out_channels=channels[1],
@@ -119,7 +120,9 @@ def rdm_768() -> UNetConfig:
 
 
 def _stable(context: int, attention: AttentionConfig, in_channels: int = 4) -> UNetConfig:
-    return _latent(320, (1, 2, 4, 4), attention, at=(0, 1, 2), channels=(in_channels, 4), context=context)
+    conv = attention == HEADS_8  # Stable Diffusion 1
+    channels = (in_channels, 4)
+    return _latent(320, (1, 2, 4, 4), attention, at=(0, 1, 2), channels=channels, context=context, conv=conv)
 
 
 def _with_embedder(config: UNetConfig, embedder: EmbedderConfig) -> UNetConfig:
@@ -174,7 +177,7 @@ def sd_x4_upscaler() -> UNetConfig:
     """Latents of an f4 autoencoder beside the low-resolution picture (3), with its noise level; 473.4."""
     attention = AttentionConfig(kind="transformer", heads=8)
     tokens_only = replace(attention, to_pixels=False)
-    base = _latent(256, (1, 2, 2, 4), attention, at=(), channels=(7, 4), context=1024)
+    base = _latent(256, (1, 2, 2, 4), attention, at=(), channels=(7, 4), context=1024, conv=False)
     by_level = (None, tokens_only, tokens_only, attention)
     base = replace(
         base,

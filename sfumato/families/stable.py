@@ -1,0 +1,130 @@
+"""Stable Diffusion as a system: one stage that is told a text and works on latents."""
+
+from __future__ import annotations
+
+from sfumato.checkpoints.foreign import Foreign
+from sfumato.checkpoints.native import Parts
+from sfumato.diffusion.guidance import CFG
+from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication, latents_of
+from sfumato.families.schedulers import SAMPLERS, ddim_config, sampling_of
+from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIPText
+from sfumato.nets.unet import UNet
+from sfumato.systems.config import (
+    About,
+    ClipTextConfig,
+    LatentsConfig,
+    StageConfig,
+    SystemConfig,
+    TowerConfig,
+)
+from sfumato.systems.system import System, assemble
+from sfumato.text.clip import clip_files
+
+__all__ = ["stable_system"]
+
+# What the original scripts and diffusers draw with; the folder's scheduler says the rest.
+STEPS, GUIDANCE = 50, CFG(7.5)
+NEEDED = ("net", "vae", "text_encoder")
+
+
+@ASSEMBLIES("unet-diffusers")
+def stable_system(found: Foreign) -> System:
+    """A pipeline folder of Stable Diffusion 1 or 2.
+
+    Raises: ValueError if a part is missing, or the parts make another system than text to image.
+    """
+    for name in NEEDED:
+        if name not in found.nets:
+            raise ValueError(
+                f"a system of Stable Diffusion needs {', '.join(NEEDED)}, and {name} is missing; "
+                "give the whole pipeline folder, or load_nets for the networks that there are"
+            )
+    if "tokenizer" not in found.tokenizers:
+        raise ValueError("the pipeline has no tokenizer folder; copy or download it again")
+    net, vae, text = (found.nets[name] for name in NEEDED)
+    assert isinstance(net, UNet)
+    assert isinstance(vae, Autoencoder)
+    assert isinstance(text, CLIPText)
+    _check(net, vae, text)
+    size = found.settings["net"].get("sample_size") or 64
+    assert isinstance(size, int)
+    sampling = sampling_of(found.extras.get("scheduler", {}), steps=STEPS, guidance=GUIDANCE)
+    stage = StageConfig(
+        net="net",
+        schedule=sampling.schedule,
+        parameterization=sampling.parameterization,
+        conditioners=(ClipTextConfig(towers=(TowerConfig(tokenizer="tokenizer", encoder="text_encoder"),)),),
+        codec=latents_of(found.settings["vae"]),
+        shape=(net.config.in_channels, size, size),
+        defaults=sampling.defaults,
+    )
+    about = About(name="Stable Diffusion", summary="Read from a folder of diffusers.")
+    parts = Parts({name: found.nets[name] for name in NEEDED}, dict(found.tokenizers))
+    return assemble(SystemConfig(stages=(stage,)), parts, about=about)
+
+
+def _check(net: UNet, vae: Autoencoder, text: CLIPText) -> None:
+    c = net.config
+    if c.in_channels != vae.config.embed_dim or c.embedding.extras:
+        told = [f.field for e in c.embedding.extras for f in e.features]
+        raise ValueError(
+            f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *told])}: "
+            "inpainting, depth, upscaling, unCLIP and SDXL are no systems yet; load_nets gives their networks"
+        )
+    if c.token_dim != text.config.width:
+        raise ValueError(
+            f"the text tower has width {text.config.width}, the U-Net reads {c.token_dim}; "
+            "they do not belong together"
+        )
+
+
+@PUBLICATIONS("unet-diffusers")
+def _pipeline(system: System) -> Publication:
+    """What StableDiffusionPipeline reads."""
+    stage = system.config.stages[0]
+    text, codec = stage.conditioners[0] if stage.conditioners else None, stage.codec
+    if (
+        len(system.config.stages) != 1
+        or len(stage.conditioners) != 1
+        or not isinstance(text, ClipTextConfig)
+        or [(tower.skip, tower.norm) for tower in text.towers] != [(0, True)]
+        or not isinstance(codec, LatentsConfig)
+        or len(codec.std) > 1
+        or len(codec.mean) > 1
+    ):
+        raise ValueError(
+            "StableDiffusionPipeline needs one stage with one whole text tower and a first stage with one "
+            "scale; save this as a sfumato system"
+        )
+    tower = text.towers[0]
+    classes = {ours: theirs for theirs, ours in SAMPLERS.items()}
+    scheduler = classes.get(stage.defaults.sampler, "DDIMScheduler")
+    absent = [None, None]
+    return Publication(
+        {
+            stage.net: ("unet-diffusers", "unet"),
+            codec.autoencoder: ("vae-diffusers", "vae"),
+            tower.encoder: ("clip-text", "text_encoder"),
+        },
+        {
+            stage.net: {"sample_size": stage.shape[1]},
+            codec.autoencoder: {"scaling_factor": 1 / codec.std[0], "shift_factor": codec.mean[0] or None},
+        },
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "scheduler": ["diffusers", scheduler],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "safety_checker": absent,
+            "feature_extractor": absent,
+            "requires_safety_checker": False,
+        },
+        {
+            "scheduler/scheduler_config.json": {
+                **ddim_config(stage),
+                "_class_name": scheduler,
+                **({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}),
+            }
+        },
+        {f"tokenizer/{n}": v for n, v in clip_files(system.parts.tokenizers[tower.tokenizer]).items()},
+    )

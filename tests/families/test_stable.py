@@ -1,0 +1,189 @@
+"""Pipeline folders of Stable Diffusion: the pictures of diffusers, and folders that diffusers reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+
+import sfumato
+from sfumato.core.types import Inputs
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+MERGES = ["r e", "re d</w>", "h e", "a r", "he ar", "hear t</w>"]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEADING = BETAS | {"steps_offset": 1, "timestep_spacing": "leading"}
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", LEADING | {"clip_sample": False, "set_alpha_to_one": False}),
+    "plms": ("PNDMScheduler", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", LEADING),
+    "dpmpp_2m_linspace": ("DPMSolverMultistepScheduler", BETAS),
+    "unipc": ("UniPCMultistepScheduler", LEADING),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", LEADING),
+    "v": (
+        "DDIMScheduler",
+        LEADING | {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
+    ),
+}
+TEXTS, NEGATIVES, SEEDS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4]
+
+
+def tokenizer(folder: Path, pad: str) -> transformers.CLIPTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *(m.replace(" ", "") for m in MERGES)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", "utf-8")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return transformers.CLIPTokenizer(*files, pad_token=pad, model_max_length=77)
+
+
+def pipeline(path: Path, kind: str) -> Path:
+    """A whole pipeline of tiny random nets as diffusers writes it; of the second version for kind "v"."""
+    torch.manual_seed(0)
+    second = kind == "v"
+    words = tokenizer(path / "words", "!" if second else "<|endoftext|>")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4) if second else 4,
+        use_linear_projection=second,
+        norm_num_groups=16,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            hidden_act="gelu" if second else "quick_gelu",
+            eos_token_id=2,
+        )
+    )
+    for net in (unet, vae, text):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+    name, options = SCHEDULERS[kind]
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=words,
+        unet=unet,
+        scheduler=getattr(diffusers, name)(**options),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path / "p")
+    return path / "p"
+
+
+def drawn(path: Path, steps: int = 20) -> torch.Tensor:
+    """What diffusers draws, (B, 3, H, W) in [0, 1]."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    return pipe(
+        TEXTS,
+        negative_prompt=NEGATIVES,
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+        generator=generators,
+        output_type="pt",
+    ).images
+
+
+def ours(system: sfumato.System, steps: int = 20) -> torch.Tensor:
+    options = system.resolve(steps=steps)
+    inputs = Inputs(n=2, text=TEXTS, negative=NEGATIVES)
+    return (system.run(inputs, options, seed=SEEDS).low_res + 1) / 2
+
+
+@pytest.mark.parametrize("kind", list(SCHEDULERS))
+def test_a_pipeline_draws_the_same_pictures(kind: str, tmp_path: Path) -> None:
+    path = pipeline(tmp_path, kind)
+    system = sfumato.load(path)
+    expected = drawn(path)
+    assert expected.std() > 0.05
+    # 20 guided steps amplify the rounding of float32.
+    torch.testing.assert_close(ours(system), expected, rtol=0, atol=1e-3)
+
+
+def test_folders_are_written_bit_for_bit_and_drawn_by_both(tmp_path: Path) -> None:
+    path = pipeline(tmp_path, "v")
+    system = sfumato.load(path)
+    sfumato.save(system, tmp_path / "again", layout="unet-diffusers")
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        before = load_file(path / part / f"{name}.safetensors")
+        after = load_file(tmp_path / "again" / part / f"{name}.safetensors")
+        after = {n.removeprefix("text_model."): v for n, v in after.items()}
+        assert {n: v.shape for n, v in after.items()} == {n: v.shape for n, v in before.items()}
+        assert all(torch.equal(v, after[n]) for n, v in before.items())
+    assert torch.equal(drawn(tmp_path / "again", 3), drawn(path, 3))
+    picture = ours(system, 3)
+    assert torch.equal(ours(sfumato.load(tmp_path / "again"), 3), picture)
+    sfumato.save(system, tmp_path / "native")
+    assert torch.equal(ours(sfumato.load(tmp_path / "native"), 3), picture)
+
+
+def test_old_text_files_have_a_prefix_and_positions(tmp_path: Path) -> None:
+    path = pipeline(tmp_path, "ddim")
+    picture = ours(sfumato.load(path), 2)
+    file = path / "text_encoder/model.safetensors"
+    state = {f"text_model.{n}": v for n, v in load_file(file).items()}
+    save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
+    assert torch.equal(ours(sfumato.load(path), 2), picture)
+
+
+def test_what_is_no_system_yet_says_so(tmp_path: Path) -> None:
+    path = pipeline(tmp_path, "ddim")
+    with pytest.raises(ValueError, match="needs net, vae, text_encoder, and vae is missing"):
+        sfumato.load(path / "unet")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"tokenizer": [None, None]}))
+    with pytest.raises(ValueError, match="the pipeline has no tokenizer folder"):
+        sfumato.load(path)
+    (path / "model_index.json").write_text(json.dumps(index))
+    config = path / "unet/config.json"
+    system = sfumato.load(path)
+    assert system.config.stages[0].defaults.guidance.scale == 7.5
+    wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 9})
+    wide.save_pretrained(path / "unet")
+    with pytest.raises(
+        ValueError, match=r"this U-Net has 9 input channels .*: inpainting, .* no systems yet"
+    ):
+        sfumato.load(path)
+
+
+def test_another_system_is_not_written_as_stable_diffusion(tmp_path: Path) -> None:
+    system = sfumato.load(pipeline(tmp_path, "ddim"))
+    stage = system.config.stages[0]
+    text = stage.conditioners[0]
+    skipped = replace(text, towers=(replace(text.towers[0], skip=1),))
+    config = replace(system.config, stages=(replace(stage, conditioners=(skipped,)),))
+    with pytest.raises(ValueError, match="needs one stage with one whole text tower"):
+        sfumato.save(replace(system, config=config), tmp_path / "a", layout="unet-diffusers")
+    assert not (tmp_path / "a").exists()
