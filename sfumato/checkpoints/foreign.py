@@ -114,7 +114,8 @@ def write_part(
         raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
     ours: Any = net.config
     settings = part.published(ours, extra or {})
-    state = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
+    state = part.rows(ours, settings).save(net.state_dict(), where=type(net).__name__)
+    state |= part.constants(settings)
     if not kind.diffusers and path.suffix not in WRITTEN:
         allowed = ", ".join(WRITTEN)
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
@@ -224,15 +225,16 @@ def _tensors(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
 
 def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Settings, path: Path) -> Foreign:
     """The nets of a state whose parameters are still as the file has them."""
-    name = layout or _recognized(state, path)
+    name = _layout(state, layout, path)
     kind = LAYOUTS[name]
+    config = {**kind.files.get(path.stem, {}), **config}
     found = Foreign({}, {}, {})
     for part in kind.parts:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
         own = {part.renamed(n): v for n, v in own.items()}
-        net, settings = _read_part(
-            part, own, config if part.name == "net" or len(kind.parts) == 1 else {}, path
-        )
+        of_all = part.name == "net" or len(kind.parts) == 1
+        given = config if of_all else {k: v for k, v in config.items() if k in part.known}
+        net, settings = _read_part(part, own, given, path)
         found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
     return found
 
@@ -258,12 +260,16 @@ def _read_part(
                 f"{path}: {name!r} is not the fixed table that this layout has there; it was trained"
             )
     rest = {name: v for name, v in state.items() if name not in constants}
-    assign(net, part.names(config).load(rest, where=str(path)), where=str(path))
+    assign(net, part.rows(config, settings).load(rest, where=str(path)), where=str(path))
     return net, settings
 
 
-def _recognized(state: Mapping[str, Tensor], path: Path) -> str:
+def _layout(state: Mapping[str, Tensor], wanted: str | None, path: Path) -> str:
+    """The layout, or the kind of it that the tensors have: "adm" is also an "adm-classifier"."""
     shapes = {name: tuple(v.shape) for name, v in state.items()}
+    if wanted is not None:
+        kinds = [n for n, kind in LAYOUTS.items() if n.startswith(f"{wanted}-") and not kind.diffusers]
+        return next((n for n in (wanted, *kinds) if LAYOUTS[n].fits(shapes)), wanted)
     for name, kind in LAYOUTS.items():
         if kind.fits(shapes):
             return name
