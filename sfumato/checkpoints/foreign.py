@@ -16,7 +16,7 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 
-__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
@@ -90,32 +90,35 @@ def read_foreign(
     return found
 
 
-def write_part(
-    net: nn.Module,
+def write_nets(
+    nets: Mapping[str, nn.Module],
     path: str | Path,
     layout: str,
     *,
     extra: Settings | None = None,
     dtype: torch.dtype | None = None,
 ) -> Settings:
-    """Write one net as a file, or as a folder with config.json where the layout is a diffusers class.
+    """Write the nets of a layout as a file, or as a folder with config.json where it is a diffusers class.
 
     Args:
+        nets: by any name; which part of the layout they are is told by their class.
         path: a .pt or .safetensors file, or the folder.
-        extra: settings that the net does not know, such as input_size.
+        extra: settings that the nets do not know, such as input_size.
         dtype: of the stored floating tensors; None keeps each tensor's own.
 
     Returns: the settings of what was written, in the reference's names.
-    Raises: ValueError if the layout has no place for this net, or its class would compute something else.
+    Raises: ValueError if the layout has no place for a net or lacks one, or its class would compute
+        something else.
     """
     path, kind = Path(path), LAYOUTS[layout]
-    part = next((p for p in kind.parts if isinstance(p.build, type) and isinstance(net, p.build)), None)
-    if part is None:
-        raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
-    ours: Any = net.config
-    settings = part.published(ours, extra or {})
-    state = part.rows(ours, settings).save(net.state_dict(), where=type(net).__name__)
-    state |= part.constants(settings)
+    state: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
+    for part, net in _placed(nets, layout):
+        ours: Any = net.config
+        told = part.published(ours, extra or {})
+        tensors = part.rows(ours, told).save(net.state_dict(), where=type(net).__name__)
+        state |= {part.prefix + name: v for name, v in (tensors | part.constants(told)).items()}
+        settings |= told
     if not kind.diffusers and path.suffix not in WRITTEN:
         allowed = ", ".join(WRITTEN)
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
@@ -133,6 +136,25 @@ def write_part(
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return settings
+
+
+def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any], nn.Module]]:
+    """Every part of the layout with its net."""
+    parts = LAYOUTS[layout].parts
+    classes = [part.build for part in parts if isinstance(part.build, type)]
+    for net in nets.values():
+        if not isinstance(net, tuple(classes)):
+            raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
+    placed = [
+        (part, net)
+        for part in parts
+        for net in nets.values()
+        if isinstance(part.build, type) and isinstance(net, part.build)
+    ]
+    if len(placed) != len(parts) or len(nets) != len(parts):
+        names, got = ", ".join(part.name for part in parts), ", ".join(nets) or "no network"
+        raise ValueError(f"a file of layout {layout!r} holds {names} together; got {got}")
+    return placed
 
 
 def _stored(v: Tensor, dtype: torch.dtype | None) -> Tensor:
