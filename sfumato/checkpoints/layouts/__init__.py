@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfumato.checkpoints.layouts import adm, autoencoder, dit, edm2, glide
+from sfumato.checkpoints.layouts import adm, autoencoder, deepfloyd, dit, edm2, glide
 from sfumato.checkpoints.layouts.layout import LAYOUTS
 
-__all__ = ["LAYOUTS", "adm", "autoencoder", "dit", "edm2", "glide"]
+__all__ = ["LAYOUTS", "adm", "autoencoder", "deepfloyd", "dit", "edm2", "glide"]

@@ -232,10 +232,10 @@ def _classifier_settings(shapes: Shapes, given: Settings) -> Settings:
         read["image_size"] = math.isqrt(positions[1] - 1) << (len(mults) - 1)
     channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[1]
     last = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.2", "spatial_v2": "out.3"}
-    read |= {"in_channels": channels, "out_channels": shapes[f"{last[pool]}.weight"][0]}
+    read |= {"effective_in_channels": channels, "in_channels": channels}
+    read |= {"out_channels": shapes[f"{last[pool]}.weight"][0]}
     rest = normalized(rest, read.get("image_size", rest.get("image_size")))
-    settings = settled(agreed(rest, read), read, {**FREE, **DIFFUSION})
-    return {**settings, "effective_in_channels": channels}
+    return settled(agreed(rest, read), read, {**FREE, **DIFFUSION})
 
 
 def _pool(shapes: Shapes) -> str:

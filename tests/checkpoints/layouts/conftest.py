@@ -63,7 +63,8 @@ class Reading:
                 tokens = self.norm(f"{name}.norm_encoder", tokens.mT).mT
             kv = self.linear(f"{name}.encoder_kv", tokens).mT.reshape(b, heads, 2, c // heads, -1)
             read = [kv[:, :, 0], kv[:, :, 1]]
-            parts[1:] = [torch.cat([t, p], 3) for t, p in zip(read, parts[1:], strict=True)] or read
+            own = parts[1:] or [v[..., :0] for v in read]
+            parts[1:] = [torch.cat([t, p], 3) for t, p in zip(read, own, strict=True)]
         q, k, v = parts
         weights = torch.einsum("bhct,bhcs->bhts", q, k).div(math.sqrt(c // heads)).softmax(-1)
         h = torch.einsum("bhts,bhcs->bhct", weights, v).reshape(b, c, -1)
