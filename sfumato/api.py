@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_part
+from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted
@@ -75,7 +75,7 @@ def load_nets(
     Args:
         path: a .pt, .ckpt or .safetensors file, a diffusers model or pipeline folder, or a system's folder.
         layout: a name in sfumato.checkpoints.layouts.LAYOUTS; None = found by the names of the tensors. DiT
-            and SiT have the same names: "sit" must be said.
+            and SiT have the same names: "sit" must be said. "adm" is a denoiser or a noisy classifier.
         config: settings of the net by the names of the reference's constructor, or a JSON file of them; what
             is left out is inferred from names and shapes.
         device, dtype: as of `load`.
@@ -117,18 +117,16 @@ def save_nets(
     config: Config | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write networks for another program: the inverse of `load_nets` for layouts of one network.
+    """Write networks for another program: the inverse of `load_nets` for one file or folder of a model.
 
     Args:
-        nets: one network by its part.
+        nets: those that the layout holds together: one, for "glide" the denoiser and its text tower.
         path: a .pt or .safetensors file; a folder for layouts of diffusers' classes.
         config: settings that the network does not know, such as input_size.
 
     Raises: ValueError in one line if the layout cannot hold it, or would compute something else.
     """
-    if len(nets) != 1:
-        raise ValueError(f"save_nets got {', '.join(nets) or 'no network'}; give one network at a time")
-    write_part(next(iter(nets.values())), path, layout, extra=_settings(config), dtype=dtype)
+    write_nets(nets, path, layout, extra=_settings(config), dtype=dtype)
 
 
 def _foreign(path: Path) -> bool:

@@ -18,7 +18,7 @@ from sfumato.checkpoints.weights import assign, floating, parameter_free
 from sfumato.text.clip import clip_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_part"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
@@ -100,32 +100,35 @@ def read_foreign(
     return found
 
 
-def write_part(
-    net: nn.Module,
+def write_nets(
+    nets: Mapping[str, nn.Module],
     path: str | Path,
     layout: str,
     *,
     extra: Settings | None = None,
     dtype: torch.dtype | None = None,
 ) -> Settings:
-    """Write one net as a file, or as a folder with config.json where the layout is a diffusers class.
+    """Write the nets of a layout as a file, or as a folder with config.json where it is a diffusers class.
 
     Args:
+        nets: by any name; which part of the layout they are is told by their class.
         path: a .pt or .safetensors file, or the folder.
-        extra: settings that the net does not know, such as input_size.
+        extra: settings that the nets do not know, such as input_size.
         dtype: of the stored floating tensors; None keeps each tensor's own.
 
     Returns: the settings of what was written, in the reference's names.
-    Raises: ValueError if the layout has no place for this net, or its class would compute something else.
+    Raises: ValueError if the layout has no place for a net or lacks one, or its class would compute
+        something else.
     """
     path, kind = Path(path), LAYOUTS[layout]
-    part = next((p for p in kind.parts if isinstance(p.build, type) and isinstance(net, p.build)), None)
-    if part is None:
-        raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
-    ours: Any = net.config
-    settings = part.published(ours, extra or {})
-    rows = part.names(ours).save(net.state_dict(), where=type(net).__name__) | part.constants(settings)
-    state = {part.prefix + name: v for name, v in rows.items()}
+    state: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
+    for part, net in _placed(nets, layout):
+        ours: Any = net.config
+        told = part.published(ours, extra or {})
+        tensors = part.rows(ours, told).save(net.state_dict(), where=type(net).__name__)
+        state |= {part.prefix + name: v for name, v in (tensors | part.constants(told)).items()}
+        settings |= told
     if not kind.diffusers and path.suffix not in WRITTEN:
         allowed = ", ".join(WRITTEN)
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
@@ -144,6 +147,25 @@ def write_part(
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return settings
+
+
+def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any], nn.Module]]:
+    """Every part of the layout with its net."""
+    parts = LAYOUTS[layout].parts
+    classes = [part.build for part in parts if isinstance(part.build, type)]
+    for net in nets.values():
+        if not isinstance(net, tuple(classes)):
+            raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
+    placed = [
+        (part, net)
+        for part in parts
+        for net in nets.values()
+        if isinstance(part.build, type) and isinstance(net, part.build)
+    ]
+    if len(placed) != len(parts) or len(nets) != len(parts):
+        names, got = ", ".join(part.name for part in parts), ", ".join(nets) or "no network"
+        raise ValueError(f"a file of layout {layout!r} holds {names} together; got {got}")
+    return placed
 
 
 def _stored(v: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -239,15 +261,16 @@ def _tensors(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
 
 def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Settings, path: Path) -> Foreign:
     """The nets of a state whose parameters are still as the file has them."""
-    name = layout or _recognized(state, path)
+    name = _layout(state, layout, path)
     kind = LAYOUTS[name]
+    config = {**kind.files.get(path.stem, {}), **config}
     found = Foreign({}, {}, {})
     for part in kind.parts:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
         own = {part.renamed(n): v for n, v in own.items()}
-        net, settings = _read_part(
-            part, own, config if part.name == "net" or len(kind.parts) == 1 else {}, path
-        )
+        of_all = part.name == "net" or len(kind.parts) == 1
+        given = config if of_all else {k: v for k, v in config.items() if k in part.known}
+        net, settings = _read_part(part, own, given, path)
         found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
     return found
 
@@ -273,12 +296,16 @@ def _read_part(
                 f"{path}: {name!r} is not the fixed table that this layout has there; it was trained"
             )
     rest = {name: v for name, v in state.items() if name not in constants}
-    assign(net, part.names(config).load(rest, where=str(path)), where=str(path))
+    assign(net, part.rows(config, settings).load(rest, where=str(path)), where=str(path))
     return net, settings
 
 
-def _recognized(state: Mapping[str, Tensor], path: Path) -> str:
+def _layout(state: Mapping[str, Tensor], wanted: str | None, path: Path) -> str:
+    """The layout, or the kind of it that the tensors have: "adm" is also an "adm-classifier"."""
     shapes = {name: tuple(v.shape) for name, v in state.items()}
+    if wanted is not None:
+        kinds = [n for n, kind in LAYOUTS.items() if n.startswith(f"{wanted}-") and not kind.diffusers]
+        return next((n for n in (wanted, *kinds) if LAYOUTS[n].fits(shapes)), wanted)
     for name, kind in LAYOUTS.items():
         if kind.fits(shapes):
             return name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.checkpoints.foreign import INDEX, Foreign, write_part
+from sfumato.checkpoints.foreign import INDEX, Foreign, write_nets
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.native import staging
 from sfumato.core.registry import Registry
@@ -62,7 +62,7 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
     path, plan = Path(path), PUBLICATIONS[layout](system)
     if not LAYOUTS[layout].diffusers:
         for name, (kind, _) in plan.parts.items():
-            write_part(system.parts.nets[name], path, kind, extra=plan.extra.get(name), dtype=dtype)
+            write_nets({name: system.parts.nets[name]}, path, kind, extra=plan.extra.get(name), dtype=dtype)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty; choose a new folder, or remove it first")
@@ -71,7 +71,8 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
         index = dict(plan.index)
         for name, (kind, subfolder) in plan.parts.items():
             extra = plan.extra.get(name)
-            write_part(system.parts.nets[name], folder / subfolder, kind, extra=extra, dtype=dtype)
+            net = {name: system.parts.nets[name]}
+            write_nets(net, folder / subfolder, kind, extra=extra, dtype=dtype)
             index[subfolder] = [LAYOUTS[kind].library, LAYOUTS[kind].diffusers]
         told = {**plan.extras, INDEX: index}
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in told.items()}

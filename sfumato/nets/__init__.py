@@ -65,6 +65,7 @@ NETS = NetTable(
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
+        "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),

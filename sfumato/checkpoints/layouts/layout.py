@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Part(Generic[C]):
         constants: tensors of the file that follow from the settings; written, and compared when read.
         aliases: (old, new) pieces of names: what older files say, and what the rows say.
         known: names that settings may have; others in a config.json are passed over.
+        renumbered: the rows of our config and the settings, where the settings say the order of rows.
     """
 
     name: str
@@ -55,6 +56,11 @@ class Part(Generic[C]):
     constants: Callable[[Settings], dict[str, Tensor]] = _none
     aliases: tuple[tuple[str, str], ...] = ()
     known: tuple[str, ...] = ()
+    renumbered: Callable[[C, Settings], KeyMap] | None = None
+
+    def rows(self, config: C, settings: Settings) -> KeyMap:
+        """The rows of a net."""
+        return self.names(config) if self.renumbered is None else self.renumbered(config, settings)
 
     def renamed(self, name: str) -> str:
         """A name without aliases."""
@@ -70,6 +76,8 @@ class Layout:
     Attributes:
         parts: the networks in it.
         marks: names that together tell it from the other layouts.
+        absent: prefixes of names that tell that it is another layout.
+        files: stem of a published file -> settings that its tensors do not tell.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
         library: which that class is from.
@@ -79,11 +87,14 @@ class Layout:
     marks: tuple[str, ...]
     diffusers: str = ""
     library: Literal["diffusers", "transformers"] = "diffusers"
+    absent: tuple[str, ...] = ()
+    files: Mapping[str, Settings] = field(default_factory=dict)
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
         names = {part.renamed(name) for part in self.parts for name in shapes}
-        return all(mark in names for mark in self.marks)
+        others = bool(self.absent) and any(name.startswith(self.absent) for name in names)
+        return all(mark in names for mark in self.marks) and not others
 
 
 LAYOUTS: Registry[Layout] = Registry("layout")
