@@ -222,6 +222,29 @@ def test_reconstruct(run):
         assert image.info["Copyright"] == "License: CC0-1.0"
 
 
+def test_info_of_a_file_that_needs_a_config(run):
+    file = Path(__file__).parent / "golden/adm_classifier/model.safetensors"
+    code, _, error = run("info", file, system=None)
+    assert code == 2
+    assert "no tensor tells the attention heads" in error
+
+
+def test_info_of_a_file_tells_its_settings(run, tmp_path):
+    """Of networks that are no system: what was read, and what was given."""
+    file = Path(__file__).parent / "golden/adm_classifier/model.safetensors"
+    (tmp_path / "a.json").write_text('{"num_head_channels": 16}')
+    code, out, _ = run("info", file, "--config", tmp_path / "a.json", system=None)
+    assert code == 0
+    assert "classifier    layout adm-classifier, 0.92M parameters" in out
+    told = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert told["num_head_channels"] == "16"
+    assert told["use_new_attention_order"] == "False"
+    assert told["channel_mult"] == "[1, 2, 3]"
+    assert "noise_schedule" not in told
+    _, out, _ = run("info", file, "--config", tmp_path / "a.json", "--json", system=None)
+    assert json.loads(out)["settings"]["classifier"]["pool"] == "attention"
+
+
 def test_info(run, tiny_folder):
     code, out, _ = run("info", tiny_folder, system=None)
     assert code == 0

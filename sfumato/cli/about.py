@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +39,47 @@ def info(args: list[str]) -> int:
     from sfumato.api import load
 
     flags = parse(Info, "info", args)
+    if flags.system is not None and _lacks_system(flags.system):
+        return _nets(flags.system, flags)
     system = load(flags.system, layout=flags.layout, config=flags.config)
     if flags.json:
         print(json.dumps(describe(system), indent=1))
     else:
         print("\n".join(_lines(system)))
     return 0
+
+
+def _lacks_system(path: Path) -> bool:
+    """Whether it is a file of networks, of which the settings can be told before there is a system."""
+    return path.is_file()
+
+
+def _nets(path: Path, flags: Info) -> int:
+    """Say what networks a file of another program holds, and with which settings they were read."""
+    from sfumato.checkpoints.foreign import read_foreign, read_json
+    from sfumato.families import ASSEMBLIES
+    from sfumato.families.assembly import system_of
+
+    given = {} if flags.config is None else read_json(flags.config)
+    found = read_foreign(path, layout=flags.layout, config=given)
+    settings = {part: _known(told) for part, told in found.settings.items()}
+    system = system_of(found) if found.layouts.get("net") in ASSEMBLIES else None
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in found.nets.items()}
+    if flags.json:
+        said = {"parameters": counts} if system is None else describe(system)
+        print(json.dumps({**said, "layouts": dict(found.layouts), "settings": settings}, indent=1))
+        return 0
+    lines = [] if system is None else _lines(system)
+    for name, told in settings.items():
+        lines.append(f"{name:<14}layout {found.layouts[name]}, {counts[name] / 1e6:.2f}M parameters")
+        lines += [f"  {setting:<28}{value}" for setting, value in told.items()]
+    print("\n".join(lines))
+    return 0
+
+
+def _known(settings: Mapping[str, object]) -> dict[str, object]:
+    """Without those that nothing told."""
+    return {name: value for name, value in settings.items() if value not in (None, "")}
 
 
 def describe(system: System) -> dict[str, object]:
