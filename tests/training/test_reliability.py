@@ -222,6 +222,7 @@ def dying(*arguments: str) -> str:
         [sys.executable, str(DYING), *arguments], capture_output=True, text=True, check=False, timeout=3000
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    print(arguments, done.stdout)  # its counts, for -rP
     return done.stdout
 
 
