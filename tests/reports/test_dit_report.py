@@ -210,7 +210,7 @@ def test_what_curves_show():
         outcome("improvements", BASELINE, 1, [(10, 1.0), (20, 0.3)]),
         outcome("improvements", "slow", 0, [(10, 1.0), (20, 0.45)]),
         outcome("improvements", "slow", 1, [(10, 1.0), (20, 0.45)]),
-        outcome("improvements", "fast", 0, [(10, 0.4), (20, 0.2)]),
+        outcome("improvements", "fast", 0, [(10, 0.4), (20, 0.7)]),
         outcome("improvements", "fast", 1, [(10, 0.6), (20, 0.2)]),
         outcome("designs", "cross", 0, [(10, 0.2)]),
         outcome("designs", "cross", 1, [(10, 0.4)]),
