@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfumato.checkpoints.layouts import autoencoder, clip_text, dit, edm2, unet_compvis, unet_diffusers
+from sfumato.checkpoints.layouts import autoencoder, clip_text, dit, edm2, stable_file, unet_diffusers
 from sfumato.checkpoints.layouts.layout import LAYOUTS
 
-__all__ = ["LAYOUTS", "autoencoder", "clip_text", "dit", "edm2", "unet_compvis", "unet_diffusers"]
+__all__ = ["LAYOUTS", "autoencoder", "clip_text", "dit", "edm2", "stable_file", "unet_diffusers"]

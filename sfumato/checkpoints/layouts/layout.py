@@ -73,12 +73,14 @@ class Layout:
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
         library: which that class is from.
+        pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
     """
 
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
     library: Literal["diffusers", "transformers"] = "diffusers"
+    pad: str = ""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
