@@ -93,6 +93,7 @@ def read_foreign(
     else:
         state, given = _unwrapped(path)
         found = _read_state(state, layout, given | dict(config or {}), path)
+        found += Foreign({}, {}, {}, {}, _vocabulary(path.parent, found))
     for net in found.nets.values():
         assign(net, floating(net, net.state_dict(), dtype), where=str(path))
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -234,6 +235,13 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
             if (path / f"{stem}{ending}").is_file():
                 return _tensors(read_weights(path / f"{stem}{ending}"), path)
     raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
+
+
+def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
+    """The tokenizer of a file with a text tower, which lies beside it or in a folder of that name."""
+    pad = LAYOUTS[next(iter(found.layouts.values()))].pad
+    places = [p for p in (folder / "tokenizer", folder) if pad and (p / "merges.txt").is_file()]
+    return {"tokenizer": clip_tokenizer(places[0], pad)} if places else {}
 
 
 def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
+from sfumato.core.types import Conditioning, Inputs
+from sfumato.diffusion.denoiser import Net
 from sfumato.diffusion.guidance import CFG
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication, latents_of
-from sfumato.families.schedulers import SAMPLERS, ddim_config, sampling_of
+from sfumato.families.schedulers import SAMPLERS, Sampling, ddim_config, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
@@ -28,9 +34,69 @@ STEPS, GUIDANCE = 50, CFG(7.5)
 NEEDED = ("net", "vae", "text_encoder")
 
 
+# What the single files of both versions were trained with; the sampler is that of their scripts.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+
+
 @ASSEMBLIES("unet-diffusers")
-def stable_system(found: Foreign) -> System:
-    """A pipeline folder of Stable Diffusion 1 or 2.
+def _folder(found: Foreign) -> System:
+    """A pipeline folder of Stable Diffusion 1 or 2."""
+    sampling = sampling_of(found.extras.get("scheduler", {}), steps=STEPS, guidance=GUIDANCE)
+    return stable_system(found, sampling, "Read from a folder of diffusers.")
+
+
+@ASSEMBLIES("sd1-compvis")
+def _first(found: Foreign) -> System:
+    """A single file of the first version, which predicts the noise unless it is said otherwise."""
+    said = found.settings["net"]["parameterization"] or "eps"
+    sampling = replace(sampling_of(SCHEDULER, steps=STEPS, guidance=GUIDANCE), parameterization=str(said))
+    return stable_system(found, sampling, "Read from a single file.")
+
+
+@ASSEMBLIES("sd2-compvis")
+def _second(found: Foreign) -> System:
+    """A single file of the second version: its tensors do not tell whether it predicts eps or v."""
+    said = found.settings["net"]["parameterization"]
+    sampling = sampling_of(SCHEDULER, steps=STEPS, guidance=GUIDANCE)
+    system = stable_system(found, sampling, "Read from a single file.", skip=1)
+    stage, how = system.stages[0], "as was said"
+    if said is None:
+        cond = stage.conditioner(Inputs())
+        said, how = (
+            predicts(stage.denoiser.net, cond, stage.shape[0], stage.factor // stage.codec.factor),
+            "as found",
+        )
+    sampling = replace(sampling, parameterization=str(said))
+    return stable_system(found, sampling, f"Read from a single file; it predicts {said}, {how}.", skip=1)
+
+
+@torch.no_grad()
+def predicts(net: Net, cond: Conditioning, channels: int, factor: int) -> str:
+    """Whether a net predicts "eps" or "v", from one evaluation at the noisiest step.
+
+    There x_t is nearly all noise. A net of eps returns it, with a correlation near 1; a net of v returns
+    alpha eps - sigma x0, which is nearly -x0 and hardly correlated with x_t.
+    """
+    x = torch.randn(1, channels, 4 * factor, 4 * factor, generator=torch.Generator().manual_seed(0))
+    x = x.to(cond.tokens.device if cond.tokens is not None else "cpu")
+    out = net(x, torch.tensor([999.0], device=x.device), cond)[:, :channels].float()
+    correlation = (out * x).mean() / (out.square().mean() * x.square().mean()).sqrt().clamp(min=1e-12)
+    return "eps" if correlation > 0.5 else "v"
+
+
+def stable_system(found: Foreign, sampling: Sampling, summary: str, *, skip: int = 0) -> System:
+    """A system of a U-Net, a first stage, a text tower and its tokenizer.
+
+    Args:
+        skip: blocks of the text tower that are left out at the end.
 
     Raises: ValueError if a part is missing, or the parts make another system than text to image.
     """
@@ -41,7 +107,10 @@ def stable_system(found: Foreign) -> System:
                 "give the whole pipeline folder, or load_nets for the networks that there are"
             )
     if "tokenizer" not in found.tokenizers:
-        raise ValueError("the pipeline has no tokenizer folder; copy or download it again")
+        raise ValueError(
+            "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt beside "
+            "the networks"
+        )
     net, vae, text = (found.nets[name] for name in NEEDED)
     assert isinstance(net, UNet)
     assert isinstance(vae, Autoencoder)
@@ -49,17 +118,17 @@ def stable_system(found: Foreign) -> System:
     _check(net, vae, text)
     size = found.settings["net"].get("sample_size") or 64
     assert isinstance(size, int)
-    sampling = sampling_of(found.extras.get("scheduler", {}), steps=STEPS, guidance=GUIDANCE)
+    tower = TowerConfig(tokenizer="tokenizer", encoder="text_encoder", skip=skip)
     stage = StageConfig(
         net="net",
         schedule=sampling.schedule,
         parameterization=sampling.parameterization,
-        conditioners=(ClipTextConfig(towers=(TowerConfig(tokenizer="tokenizer", encoder="text_encoder"),)),),
+        conditioners=(ClipTextConfig(towers=(tower,)),),
         codec=latents_of(found.settings["vae"]),
         shape=(net.config.in_channels, size, size),
         defaults=sampling.defaults,
     )
-    about = About(name="Stable Diffusion", summary="Read from a folder of diffusers.")
+    about = About(name="Stable Diffusion", summary=summary)
     parts = Parts({name: found.nets[name] for name in NEEDED}, dict(found.tokenizers))
     return assemble(SystemConfig(stages=(stage,)), parts, about=about)
 

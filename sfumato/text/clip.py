@@ -41,8 +41,8 @@ class CLIPTokenizer:
         return torch.tensor([row.ids for row in self._engine.encode_batch(list(texts))], dtype=torch.long)
 
 
-def clip_tokenizer(folder: Path) -> Tokenizer:
-    """A pipeline's tokenizer, with the length and the padding that its files say.
+def clip_tokenizer(folder: Path, pad: str = "") -> Tokenizer:
+    """A pipeline's tokenizer, with the length and the padding that its files say; `pad` overrides.
 
     Raises: ValueError in one line if the folder has none, or what it has is damaged.
     """
@@ -53,11 +53,11 @@ def clip_tokenizer(folder: Path) -> Tokenizer:
             told |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from None
-    pad, context = told.get("pad_token") or END, told.get("model_max_length")
-    if isinstance(pad, dict):
-        pad = pad.get("content", END)
+    token, context = told.get("pad_token") or END, told.get("model_max_length")
+    if isinstance(token, dict):
+        token = token.get("content", END)
     context = context if isinstance(context, int) and context < LONGEST else 77  # 1e30 = not known
-    return Tokenizer(_padded(folder, context, str(pad)), context)
+    return Tokenizer(_padded(folder, context, pad or str(token)), context)
 
 
 def clip_files(tokenizer: Tokenizer) -> dict[str, str]:

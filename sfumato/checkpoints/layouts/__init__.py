@@ -10,7 +10,7 @@ from sfumato.checkpoints.layouts import (
     dit,
     edm2,
     glide,
-    unet_compvis,
+    stable_file,
     unet_diffusers,
 )
 from sfumato.checkpoints.layouts.layout import LAYOUTS
@@ -24,6 +24,6 @@ __all__ = [
     "dit",
     "edm2",
     "glide",
-    "unet_compvis",
+    "stable_file",
     "unet_diffusers",
 ]

@@ -81,6 +81,7 @@ class Layout:
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
         library: which that class is from.
+        pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
     """
 
     parts: tuple[Part[Any], ...]
@@ -89,6 +90,7 @@ class Layout:
     library: Literal["diffusers", "transformers"] = "diffusers"
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
+    pad: str = ""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sfumato.checkpoints.keymap import Leaf, LeafTable
-from sfumato.checkpoints.layouts.layout import LAYOUTS, OURS, Layout, Part, Settings, Shapes
+from sfumato.checkpoints.layouts.layout import OURS, Part, Settings, Shapes
 from sfumato.checkpoints.layouts.unet import (
     Dialect,
     Stack,
@@ -19,10 +19,11 @@ from sfumato.checkpoints.layouts.unet_diffusers import SIZES, sized
 from sfumato.nets.embedding import EmbedderConfig, Feature
 from sfumato.nets.unet import UNet, UNetConfig
 
-__all__: list[str] = []  # everything is reached through LAYOUTS
+__all__ = ["UNET"]
 
 REFERENCE = "the layout of CompVis"
-HEADS = ("num_heads", "num_head_channels")
+ASKED = ("num_heads", "num_head_channels", "parameterization")
+PREDICTIONS = ("eps", "v")
 
 
 def _extra(e: EmbedderConfig) -> LeafTable:
@@ -55,15 +56,18 @@ DIALECT = Dialect(
 
 
 def _settings(shapes: Shapes, given: Settings) -> Settings:
-    """Arguments of UNetModel; of those only the heads can be given, for the tensors tell the rest."""
-    if foreign := sorted(given.keys() - set(HEADS)):
-        raise ValueError(f"setting {foreign[0]!r} is not asked of {REFERENCE}; allowed: {', '.join(HEADS)}")
+    """Arguments of UNetModel; what the tensors do not tell can be given: heads, prediction."""
+    if foreign := sorted(given.keys() - set(ASKED)):
+        raise ValueError(f"setting {foreign[0]!r} is not asked of {REFERENCE}; allowed: {', '.join(ASKED)}")
+    predicts = given.get("parameterization")
+    if predicts not in (None, *PREDICTIONS):
+        raise ValueError(f"parameterization is {predicts!r}; allowed: {', '.join(PREDICTIONS)}")
     stack = stack_of(shapes, DIALECT)
     attention = attentions(shapes, stack, _heads(shapes, stack, given), [False] * len(stack.places))
     bare = config_of(shapes, DIALECT, attention, ())
     extras = _extras(shapes, bare.token_dim)
     config = replace(bare, embedding=replace(bare.embedding, extras=extras))
-    return {**_published(config, {}), OURS: config}
+    return {**_published(config, {}), "parameterization": predicts, OURS: config}
 
 
 def _heads(shapes: Shapes, stack: Stack, given: Settings) -> list[int]:
@@ -140,12 +144,4 @@ UNET = Part(
     names=lambda config: names_of(config, DIALECT),
     published=_published,
     prefix="model.diffusion_model.",
-)
-LAYOUTS("unet-compvis")(
-    Layout(
-        (UNET,),
-        tuple(
-            f"{UNET.prefix}{n}.weight" for n in ("input_blocks.0.0", "middle_block.1.proj_in", "time_embed.0")
-        ),
-    )
 )

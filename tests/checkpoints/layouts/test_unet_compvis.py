@@ -98,5 +98,7 @@ def test_heads_that_tensors_do_not_tell_must_be_given(tmp_path: Path) -> None:
     sfumato.save_nets({"net": UNet(tiny())}, tmp_path / "a.safetensors", layout="unet-compvis")
     with pytest.raises(ValueError, match="give num_heads or num_head_channels"):
         sfumato.load_nets(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"'width' is not asked .*; allowed: num_heads, num_head_channels"):
+    with pytest.raises(
+        ValueError, match=r"'width' is not asked .*; allowed: num_heads, num_head_channels, par"
+    ):
         sfumato.load_nets(tmp_path / "a.safetensors", config={"width": 4})
