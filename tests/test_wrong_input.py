@@ -83,7 +83,9 @@ def test_unknown_command(refused):
     assert said.startswith("unknown command 'genrate'; did you mean 'generate'? allowed: ")
     assert said.endswith("see: sfumato --help")
     assert refused("data", "chek").startswith("unknown data command 'chek'; did you mean 'check'?")
-    assert refused("evaluate", "x").startswith("unknown evaluation 'x'; allowed: openmoji, or the path")
+    assert refused("evaluate", "x").startswith(
+        "unknown evaluation 'x'; allowed: compare, openmoji, or the path"
+    )
 
 
 def test_no_system(refused, tmp_path):
