@@ -147,4 +147,4 @@ def test_a_folder_of_somebody_else_is_left_alone(refused):
 def test_force_does_not_remove_a_run_before_the_mistakes_are_found(refused):
     trained("toy-dit", "--out", "run")
     for mistake in (["--data.path", "nowhere"], ["--trainer.device", "abacus"]):
-        refused("toy-dit", "--out", "run", "--force", "--optim.lr", "0.5", *mistake)
+        refused("toy-dit", "--out", "run", "--force", "--optim.eps", "0.5", *mistake)
