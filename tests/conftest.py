@@ -99,7 +99,8 @@ def tiny_system() -> object:
     from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig
     from sfumato.nets.dit import DiT, DiTConfig
     from sfumato.nets.text import TextTransformer, TextTransformerConfig
-    from sfumato.systems.config import About, LatentsConfig, StageConfig, SystemConfig, TokenTextConfig
+    from sfumato.systems.conditioning import TokenTextConfig
+    from sfumato.systems.config import About, LatentsConfig, StageConfig, SystemConfig
     from sfumato.systems.options import SampleOptions
     from sfumato.systems.system import assemble
     from sfumato.text.tokenizers import Tokenizer

@@ -17,7 +17,7 @@ from sfumato.core.image import from_pil, to_pil
 from sfumato.data.datasets import ImageFolder
 from sfumato.data.transforms import CenterCrop
 from sfumato.evaluation.npz import read_pictures
-from sfumato.systems.config import LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import LabelConfig, TokenTextConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request
 from sfumato.systems.system import System

@@ -15,15 +15,8 @@ from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication, lat
 from sfumato.families.schedulers import Sampling, ddim_config, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.dit import DiT
-from sfumato.systems.config import (
-    About,
-    CodecConfig,
-    LabelConfig,
-    LatentsConfig,
-    PixelsConfig,
-    StageConfig,
-    SystemConfig,
-)
+from sfumato.systems.conditioning import LabelConfig
+from sfumato.systems.config import About, CodecConfig, LatentsConfig, PixelsConfig, StageConfig, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.system import System, assemble
 

@@ -16,14 +16,8 @@ from sfumato.families.schedulers import SAMPLERS, Sampling, ddim_config, samplin
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
-from sfumato.systems.config import (
-    About,
-    ClipTextConfig,
-    LatentsConfig,
-    StageConfig,
-    SystemConfig,
-    TowerConfig,
-)
+from sfumato.systems.conditioning import ClipTextConfig, TowerConfig
+from sfumato.systems.config import About, LatentsConfig, StageConfig, SystemConfig
 from sfumato.systems.system import System, assemble
 from sfumato.text.clip import clip_files
 

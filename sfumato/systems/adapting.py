@@ -12,7 +12,7 @@ from sfumato.checkpoints.adapters import read_adapters
 from sfumato.checkpoints.files import sha256
 from sfumato.checkpoints.native import Parts
 from sfumato.nets.lora import attach, detach, merged_copy, restore
-from sfumato.systems.config import TokenTextConfig
+from sfumato.systems.conditioning import TokenTextConfig
 from sfumato.systems.system import System, assemble
 
 __all__ = ["adapted"]

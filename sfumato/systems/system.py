@@ -17,7 +17,8 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.config import About, SystemConfig, TokenTextConfig
+from sfumato.systems.conditioning import TokenTextConfig
+from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
 from sfumato.systems.stage import Observer, Stage

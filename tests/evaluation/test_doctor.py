@@ -23,14 +23,8 @@ from sfumato.diffusion.schedules import SCHEDULES, Flow
 from sfumato.evaluation.doctor import Examination, examine
 from sfumato.nets.autoencoder import Autoencoder, AutoencoderConfig, DiagonalGaussian
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
-from sfumato.systems.config import (
-    LabelConfig,
-    LatentsConfig,
-    PixelsConfig,
-    StageConfig,
-    SystemConfig,
-    TokenTextConfig,
-)
+from sfumato.systems.conditioning import LabelConfig, TokenTextConfig
+from sfumato.systems.config import LatentsConfig, PixelsConfig, StageConfig, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.system import assemble
 from sfumato.text.tokenizers import Tokenizer

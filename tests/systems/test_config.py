@@ -9,16 +9,8 @@ import pytest
 from sfumato.checkpoints.native import Parts, strict_json
 from sfumato.core.config import to_json
 from sfumato.diffusion.schedules import Discrete, Flow
-from sfumato.systems.config import (
-    EmbeddingsConfig,
-    InpaintConfig,
-    LabelConfig,
-    LatentsConfig,
-    LowResConfig,
-    StageConfig,
-    SystemConfig,
-    TokenTextConfig,
-)
+from sfumato.systems.conditioning import InpaintConfig, LabelConfig, LowResConfig, TokenTextConfig
+from sfumato.systems.config import EmbeddingsConfig, LatentsConfig, StageConfig, SystemConfig
 from sfumato.systems.system import assemble, load_system
 
 FULL = SystemConfig(

@@ -14,15 +14,8 @@ from sfumato.checkpoints.native import MANIFEST, read_folder, strict_json
 from sfumato.nets import NETS
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.text import TextTransformer
-from sfumato.systems.config import (
-    About,
-    CodecConfig,
-    LabelConfig,
-    LatentsConfig,
-    StageConfig,
-    SystemConfig,
-    TokenTextConfig,
-)
+from sfumato.systems.conditioning import LabelConfig, TokenTextConfig
+from sfumato.systems.config import About, CodecConfig, LatentsConfig, StageConfig, SystemConfig
 from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.tasks.denoising import DenoisingConfig
 

@@ -23,7 +23,8 @@ from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.text import TextTransformer
 from sfumato.nets.unet import UNetConfig
-from sfumato.systems.config import ConditionerConfig, LabelConfig, StageConfig, SystemConfig, TokenTextConfig
+from sfumato.systems.conditioning import ConditionerConfig, LabelConfig, TokenTextConfig
+from sfumato.systems.config import StageConfig, SystemConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
