@@ -20,6 +20,7 @@ from sfumato.nets.clip import CLIPText
 from sfumato.systems.codec import Codec
 
 __all__ = [
+    "TEXTS",
     "ClipTextConfig",
     "ConditionerConfig",
     "InpaintConfig",
@@ -134,6 +135,9 @@ class InpaintConfig:
 ConditionerConfig = Annotated[
     TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
 ]
+
+TEXTS = (TokenTextConfig, ClipTextConfig)
+"""Those that read a text."""
 
 
 def part_of(kind: str, name: str, parts: Mapping[str, T]) -> T:
