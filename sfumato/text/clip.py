@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from torch import Tensor
 
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CLIPTokenizer", "clip_files", "clip_tokenizer"]
+__all__ = ["CLIPTokenizer", "clip_files", "clip_tokenizer", "installed"]
 
 LONGEST = 2**16  # ids per text that a file may mean
+PUBLISHED, MERGES = "bpe_simple_vocab_16e6.txt.gz", 48_894  # of OpenAI's release, and how many it uses
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Of the published code: specials, English endings, runs of letters, single digits, runs of anything else.
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
@@ -109,6 +112,8 @@ def _padded(folder: Path, context: int, pad: str) -> Engine:
 def _engine(folder: Path) -> Engine:
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
+        if folder.is_file():
+            return _of_merges(*_published(folder))
         if whole.is_file():
             return Engine.from_file(str(whole))
         if vocabulary.is_file() and merges.is_file():
@@ -120,6 +125,27 @@ def _engine(folder: Path) -> Engine:
     raise ValueError(
         f"{folder} holds no CLIP vocabulary: no tokenizer.json, and not vocab.json with merges.txt"
     )
+
+
+def installed() -> Path | None:
+    """The vocabulary that the packages open_clip and clip carry; neither is imported."""
+    for package in ("open_clip", "clip"):
+        found = importlib.util.find_spec(package)
+        for place in (found and found.submodule_search_locations) or ():
+            if (Path(place) / PUBLISHED).is_file():
+                return Path(place) / PUBLISHED
+    return None
+
+
+def _published(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges of OpenAI's file: a line that is none, then a merge a line, more than are used."""
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : 1 + MERGES]
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines) if second]
+    # Printable bytes stand for themselves; the others for letters from 256 on, in order.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def _of_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Engine:
