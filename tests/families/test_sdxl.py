@@ -249,6 +249,12 @@ def test_what_single_files_say_of_themselves(folders: Path, tmp_path: Path) -> N
     assert averaged.config.stages[0].parameterization == "eps"
     weight = averaged.parts.nets["net"].state_dict()["conv_out.weight"]
     assert torch.equal(weight, system.parts.nets["net"].state_dict()["conv_out.weight"] + 1)
+    stage = {n: v for n, v in state.items() if n.startswith("first_stage_model.")}
+    for prefix in ("first_stage_model.", "vae.", ""):
+        cut = {n.replace("first_stage_model.", prefix): v for n, v in stage.items()}
+        save_file(cut, tmp_path / "vae.safetensors")
+        vae = sfumato.load_nets(tmp_path / "vae.safetensors")["vae"]
+        assert torch.equal(vae.decoder.conv_in.weight, system.parts.nets["vae"].decoder.conv_in.weight)
     save_file(state, file)
     with pytest.raises(ValueError, match=r"has no averages of its net \(no tensor 'model_ema.diffusion"):
         sfumato.load(file, config={"use_ema": True})

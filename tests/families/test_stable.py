@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 import sfumato
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.core.types import Conditioning, Inputs
+from sfumato.diffusion.guidance import Embedded
 from sfumato.families.stable import predicts
 
 diffusers = pytest.importorskip("diffusers")
@@ -35,6 +36,7 @@ SCHEDULERS = {
     ),
     "euler_linspace": ("EulerDiscreteScheduler", BETAS | {"set_alpha_to_one": False}),
 }
+LCM = {"lcm": ("LCMScheduler", BETAS)}
 SCHEDULERS["eps2"] = SCHEDULERS["ddim"]  # the second version that predicts eps
 TEXTS, NEGATIVES, SEEDS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4]
 
@@ -65,6 +67,7 @@ def pipeline(path: Path, kind: str) -> Path:
         attention_head_dim=(2, 4) if second else 4,
         use_linear_projection=second,
         norm_num_groups=32,
+        time_cond_proj_dim=48 if kind == "lcm" else None,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32, 64),
@@ -87,8 +90,9 @@ def pipeline(path: Path, kind: str) -> Path:
     for net in (unet, vae, text):
         for p in net.parameters():
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
-    name, options = SCHEDULERS[kind]
-    diffusers.StableDiffusionPipeline(
+    name, options = (SCHEDULERS | LCM)[kind]
+    kind_of = diffusers.LatentConsistencyModelPipeline if kind == "lcm" else diffusers.StableDiffusionPipeline
+    kind_of(
         vae=vae,
         text_encoder=text,
         tokenizer=words,
@@ -219,8 +223,9 @@ def single(system: sfumato.System, layout: str, path: Path) -> None:
     ],
 )
 def test_single_files_draw_what_the_folder_draws(
-    layout: str, kind: str, config: dict[str, object], tmp_path: Path
+    layout: str, kind: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sfumato.checkpoints.foreign.installed", lambda: None)
     folder = sfumato.load(pipeline(tmp_path, kind))
     file = tmp_path / "alone" / "model.safetensors"
     file.parent.mkdir()
@@ -292,3 +297,46 @@ def test_a_published_tower_is_shortened_for_a_folder(tmp_path: Path) -> None:
     dropped = {"betas", "model_ema.decay", "cond_stage_model.model.logit_scale"}
     assert before.keys() - after.keys() == dropped
     assert all(torch.equal(v, before[n]) for n, v in after.items())
+
+
+def test_a_latent_consistency_model_draws_the_same_pictures(tmp_path: Path) -> None:
+    """Four of the fifty steps that it was trained on, the scale told to the net."""
+    path = pipeline(tmp_path, "lcm")
+    system = sfumato.load(path)
+    options = system.config.stages[0].defaults
+    assert (options.sampler, options.steps, options.guidance) == ("lcm", 4, Embedded(8.5))
+
+    def theirs(folder: Path, scale: float) -> torch.Tensor:
+        pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        asked = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "pt"}
+        return pipe(TEXTS, generator=generators, **asked).images
+
+    def mine(loaded: sfumato.System, scale: float) -> torch.Tensor:
+        inputs = Inputs(n=2, text=TEXTS, size=(16, 16))
+        return (loaded.run(inputs, loaded.resolve(guidance=scale), seed=SEEDS).low_res + 1) / 2
+
+    expected = theirs(path, 8.5)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(mine(system, 8.5), expected, rtol=0, atol=1e-3)
+    other = mine(system, 2.0)
+    assert (other - expected).abs().max() > 1e-2
+    torch.testing.assert_close(other, theirs(path, 2.0), rtol=0, atol=1e-3)
+    sfumato.save(system, tmp_path / "again", layout="unet-diffusers")
+    assert torch.equal(theirs(tmp_path / "again", 8.5), expected)
+
+
+def test_the_published_latent_consistency_net_both_ways() -> None:
+    (part,) = LAYOUTS["unet-diffusers"].parts
+    sizes = {"cross_attention_dim": 768, "attention_head_dim": 8, "time_cond_proj_dim": 256}
+    with torch.device("meta"):
+        state = diffusers.UNet2DConditionModel(**sizes).state_dict()
+    config = part.config(part.settings({n: tuple(v.shape) for n, v in state.items()}, sizes))
+    with torch.device("meta"):
+        net = part.build(config)
+    assert sum(p.numel() for p in net.parameters()) == 859_602_884
+    rows = part.names(config)
+    back = rows.save(rows.load(state, where="published"), where="ours")
+    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in state.items()}
+    assert {k: part.published(config, {})[k] for k in sizes} == sizes
