@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights, write_safetensors
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
+from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 from sfumato.text.clip import clip_tokenizer, installed
 from sfumato.text.tokenizers import Tokenizer
@@ -137,16 +139,20 @@ def write_nets(
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if kind.diffusers:
-            path.mkdir(exist_ok=True)
-            hub = kind.library == "transformers"
-            named = {"architectures": [kind.diffusers]} if hub else {"_class_name": kind.diffusers}
-            (path / CONFIG).write_text(json.dumps({**named, **settings}, indent=2) + "\n", "utf-8")
-            path = path / f"{WEIGHTS[hub]}.safetensors"
-        if path.suffix == ".pt":
-            torch.save({name: _stored(v, dtype) for name, v in state.items()}, path)
-        else:
-            write_safetensors(path, state, dtype)
+        with staging(path) as new:
+            file = new / path.name
+            if kind.diffusers:
+                path.mkdir(exist_ok=True)
+                hub = kind.library == "transformers"
+                named = {"architectures": [kind.diffusers]} if hub else {"_class_name": kind.diffusers}
+                (new / CONFIG).write_text(json.dumps({**named, **settings}, indent=2) + "\n", "utf-8")
+                file = new / f"{WEIGHTS[hub]}.safetensors"
+            if path.suffix == ".pt" and not kind.diffusers:
+                torch.save({name: _stored(v, dtype) for name, v in state.items()}, file)
+            else:
+                write_safetensors(file, state, dtype)
+            for one in sorted(new.iterdir()):  # each whole, or as it was
+                os.replace(one, path / one.name if kind.diffusers else path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return settings

@@ -22,6 +22,7 @@ from sfumato.nets.clip import CLIPText
 from sfumato.systems.codec import Codec
 
 __all__ = [
+    "TEXTS",
     "ClipTextConfig",
     "ConditionerConfig",
     "InpaintConfig",
@@ -153,6 +154,9 @@ ConditionerConfig = Annotated[
     TokenTextConfig | ClipTextConfig | SizesConfig | LabelConfig | LowResConfig | InpaintConfig,
     Field(discriminator="kind"),
 ]
+
+TEXTS = (TokenTextConfig, ClipTextConfig)
+"""Those that read a text."""
 
 
 def part_of(kind: str, name: str, parts: Mapping[str, T]) -> T:

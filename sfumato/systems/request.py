@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TypedDict
@@ -17,7 +18,7 @@ from sfumato.diffusion.guidance import CFG, Embedded, Guidance, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
 from sfumato.systems.start import FromImage, FromNoise, Start
 
-__all__ = ["Request", "inputs_for", "options_for", "seeds_for"]
+__all__ = ["Request", "classes_of", "inputs_for", "options_for", "seeds_for"]
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -32,8 +33,8 @@ class Request(TypedDict, total=False):
     """Weights of words, long prompts and CLIP's last blocks; the system's own choice if not given."""
     negative: Texts
     """What to keep away from: one for all, or one per prompt."""
-    label: Sequence[int]
-    """Classes, for class-conditional systems, in place of prompts."""
+    label: Sequence[int | str]
+    """Classes by number or name, for class-conditional systems, in place of prompts."""
     size: int | Size
     """Side of a square, or (height, width), in pixels."""
     original_size: Size
@@ -63,10 +64,15 @@ class Request(TypedDict, total=False):
     start: Start
 
 
-def inputs_for(text: Texts | None, request: Request, default_size: Size | None) -> Inputs:
+def inputs_for(
+    text: Texts | None, request: Request, default_size: Size | None, names: Sequence[str] = ()
+) -> Inputs:
     """The inputs of all pictures of a request, prompt by prompt.
 
-    Raises: ValueError in one line for an empty list, or lists whose lengths differ.
+    Args:
+        names: of the classes, which labels may be given by.
+
+    Raises: ValueError in one line for an empty list, lists whose lengths differ, or an unknown class.
     """
     prompts = [text] if isinstance(text, str) else text
     n, labels = request.get("n", 1), request.get("label")
@@ -81,7 +87,7 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
         n=count * n,
         text=None if prompts is None else _each(prompts, n),
         negative=_negatives(request.get("negative"), count, n),
-        label=None if labels is None else torch.tensor(labels).repeat_interleave(n),
+        label=None if labels is None else torch.tensor(classes_of(labels, names)).repeat_interleave(n),
         size=size,
         reading=request.get("reading"),
         original_size=request.get("original_size"),
@@ -92,6 +98,27 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
     )
+
+
+def classes_of(labels: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Numbers of classes. A name may be one of several that stand in a class's name with commas between.
+
+    Raises: ValueError in one line for a name of no class, or of several.
+    """
+    known: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for one in {name, *name.split(",")}:
+            known.setdefault(one.strip().casefold(), []).append(number)
+    numbers = []
+    for label in labels:
+        if not isinstance(label, str) or label.strip().isdecimal():
+            numbers.append(int(label))
+            continue
+        found = known.get(label.strip().casefold(), [])
+        if len(found) != 1:
+            raise ValueError(f"label {label!r}{_advice(label, known, found)}")
+        numbers += found
+    return numbers
 
 
 def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
@@ -120,6 +147,16 @@ def seeds_for(seed: int, n: int) -> list[int]:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - n:
         raise ValueError(f"seed is {seed!r}; allowed: a whole number from 0 to 2^63 - 1")
     return list(range(seed, seed + n))
+
+
+def _advice(label: str, known: Mapping[str, list[int]], found: list[int]) -> str:
+    if not known:
+        return ": the classes of this system have no names; give a number"
+    if found:
+        return f" is the name of classes {found}; give a number"
+    near = difflib.get_close_matches(label.casefold(), list(known), n=3)
+    nearest = f"the nearest names are {', '.join(near)}" if near else "`sfumato info` lists their names"
+    return f" is no class of this system; {nearest}"
 
 
 def _guidance(default: Guidance, asked: object) -> object:
