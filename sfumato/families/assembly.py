@@ -109,7 +109,7 @@ def needed(found: Foreign, *names: str) -> list[nn.Module]:
         words = name.replace("text_encoder", "tokenizer")
         if words != name and words not in found.tokenizers:
             raise ValueError(
-                f"there is no CLIP vocabulary; copy a folder '{words}' with vocab.json and merges.txt beside "
+                "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt beside "
                 "the networks, or install open_clip_torch, which carries it"
             )
     return [found.nets[name] for name in names]
