@@ -109,8 +109,8 @@ def needed(found: Foreign, *names: str) -> list[nn.Module]:
         words = name.replace("text_encoder", "tokenizer")
         if words != name and words not in found.tokenizers:
             raise ValueError(
-                "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt beside "
-                "the networks, or install open_clip_torch, which carries it"
+                "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt "
+                "beside the networks, or install open_clip_torch, which carries it"
             )
     return [found.nets[name] for name in names]
 

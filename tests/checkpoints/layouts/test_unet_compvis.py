@@ -35,7 +35,7 @@ def test_published_files_both_ways(file: str) -> None:
     whole = json.loads(gzip.decompress((GOLDEN / f"{file}.json.gz").read_bytes()))
     shapes = {n: tuple(shape) for n, shape in whole.items()}
     preset, layout = FILES[file]
-    assert [name for name, kind in LAYOUTS.items() if kind.fits(shapes)][0] == layout
+    assert next(name for name, kind in LAYOUTS.items() if kind.fits(shapes)) == layout
     for part in LAYOUTS[layout].parts:
         own = {n.removeprefix(part.prefix): v for n, v in shapes.items() if n.startswith(part.prefix)}
         config = part.config(part.settings(own, {}))
