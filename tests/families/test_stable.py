@@ -34,7 +34,7 @@ SCHEDULERS = {
         "DDIMScheduler",
         LEADING | {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
     ),
-    "euler_linspace": ("EulerDiscreteScheduler", BETAS | {"set_alpha_to_one": False}),
+    "euler_linspace": ("EulerDiscreteScheduler", BETAS),
 }
 LCM = {"lcm": ("LCMScheduler", BETAS)}
 SCHEDULERS["eps2"] = SCHEDULERS["ddim"]  # the second version that predicts eps
