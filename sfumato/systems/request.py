@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
-from sfumato.core.types import Inputs
-from sfumato.diffusion.guidance import CFG, Guidance, InstructPix2Pix
+from sfumato.core.types import Inputs, Reading
+from sfumato.diffusion.guidance import CFG, Embedded, Guidance, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
-from sfumato.systems.start import FromImage, Start
+from sfumato.systems.start import FromImage, FromNoise, Start
 
 __all__ = ["Request", "classes_of", "inputs_for", "options_for", "seeds_for"]
 
@@ -29,12 +29,20 @@ class Request(TypedDict, total=False):
 
     n: int
     """Pictures per prompt."""
+    reading: Reading
+    """Weights of words, long prompts and CLIP's last blocks; the system's own choice if not given."""
     negative: Texts
     """What to keep away from: one for all, or one per prompt."""
     label: Sequence[int | str]
     """Classes by number or name, for class-conditional systems, in place of prompts."""
     size: int | Size
     """Side of a square, or (height, width), in pixels."""
+    original_size: Size
+    crop: Size
+    target_size: Size
+    """What SDXL is told of its picture besides: see Inputs."""
+    aesthetic: float
+    """Score that SDXL's refiner is told."""
     image: Image.Image | Tensor
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
@@ -81,6 +89,11 @@ def inputs_for(
         negative=_negatives(request.get("negative"), count, n),
         label=None if labels is None else torch.tensor(classes_of(labels, names)).repeat_interleave(n),
         size=size,
+        reading=request.get("reading"),
+        original_size=request.get("original_size"),
+        crop=request.get("crop", (0, 0)),
+        target_size=request.get("target_size"),
+        aesthetic=request.get("aesthetic"),
         image=_picture(request.get("image"), target, count * n),
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
@@ -124,7 +137,7 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
-    if "image" in request and "start" not in given:
+    if "image" in request and "start" not in given and isinstance(defaults.start, FromNoise):
         given["start"] = FromImage()
     return replace(defaults, **given) if given else defaults
 
@@ -151,7 +164,7 @@ def _guidance(default: Guidance, asked: object) -> object:
         return asked
     if isinstance(default, InstructPix2Pix):
         return replace(default, text=float(asked))
-    return replace(default, scale=float(asked)) if isinstance(default, CFG) else CFG(float(asked))
+    return replace(default, scale=float(asked)) if isinstance(default, CFG | Embedded) else CFG(float(asked))
 
 
 def _each(values: Sequence[str], n: int) -> list[str]:
