@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
-from sfumato.text.clip import clip_tokenizer
+from sfumato.text.clip import SIMPLE, clip_tokenizer
+from sfumato.text.glide import glide_tokenizer, installed
 from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
 WRITTEN = (".pt", ".safetensors")
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
@@ -69,6 +70,7 @@ def read_foreign(
     config: Settings | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
 ) -> Foreign:
     """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
 
@@ -76,6 +78,7 @@ def read_foreign(
         layout: a name in LAYOUTS; None = the first whose marks the tensors have.
         config: settings of the net in the reference's own names, beyond what the file says of itself.
         dtype: in which matrix and convolution weights are held; see `floating`.
+        tokenizer: folder of the vocabulary, if it is not beside the file.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
@@ -93,7 +96,8 @@ def read_foreign(
     else:
         state, given = _unwrapped(path)
         found = _read_state(state, layout, given | dict(config or {}), path)
-        found += Foreign({}, {}, {}, {}, _vocabulary(path.parent, found))
+        places = [path.parent / "tokenizer", path.parent] if tokenizer is None else [Path(tokenizer)]
+        found += Foreign({}, {}, {}, {}, _vocabulary(places, found))
     for net in found.nets.values():
         assign(net, floating(net, net.state_dict(), dtype), where=str(path))
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -192,15 +196,18 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     index = read_json(path / INDEX)
     found = Foreign({}, {}, {}, {"": index})
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
+        home = path / name if (path / name).is_dir() else path  # the oldest pipelines have no subfolders
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if home == path and not (path / {"unet": CONFIG, "scheduler": SCHEDULER}.get(name, " ")).is_file():
             continue
         if name == "scheduler":
-            found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
+            found += Foreign({}, {}, {}, {name: read_json(home / SCHEDULER)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
         elif (layout := _of_class(str(entry[1]))) is not None:
             given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(path / name, layout, given)
+            part = _read_folder(home, layout, given)
             found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
@@ -237,11 +244,19 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
 
 
-def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
-    """The tokenizer of a file with a text tower, which lies beside it or in a folder of that name."""
-    pad = LAYOUTS[next(iter(found.layouts.values()))].pad
-    places = [p for p in (folder / "tokenizer", folder) if pad and (p / "merges.txt").is_file()]
-    return {"tokenizer": clip_tokenizer(places[0], pad)} if places else {}
+def _vocabulary(places: Sequence[Path], found: Foreign) -> dict[str, Tokenizer]:
+    """The tokenizer of a file with a text tower, from one of some folders, or of an installed package."""
+    kind = LAYOUTS[next(iter(found.layouts.values()))]
+    if kind.vocabulary == "gpt2":
+        context: Any = found.settings["text"]["text_ctx"]
+        gpt2 = glide_tokenizer([*places, *installed()], context)
+        return {} if gpt2 is None else {"tokenizer": gpt2}
+    if kind.vocabulary == "clip":
+        length: Any = found.settings["clip_text"]["max_text_len"]
+        have = [p for p in (*places, *installed()) if list(p.glob(f"{SIMPLE}*")) or (p / "merges.txt").is_file()]
+        return {"tokenizer": clip_tokenizer(have[0], length=length)} if have else {}
+    have = [p for p in places if kind.pad and (p / "merges.txt").is_file()]
+    return {"tokenizer": clip_tokenizer(have[0], kind.pad)} if have else {}
 
 
 def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

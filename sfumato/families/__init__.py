@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+    adm,
+    ddpm,
     dit,
+    glide,
     latent,
     scenes,
     stable,

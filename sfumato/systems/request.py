@@ -13,9 +13,9 @@ from torch import Tensor
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
-from sfumato.diffusion.guidance import CFG, Guidance, InstructPix2Pix
+from sfumato.diffusion.guidance import CFG, Guidance, Guided, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
-from sfumato.systems.start import FromImage, Start
+from sfumato.systems.start import Fill, FromImage, Start
 
 __all__ = ["Request", "inputs_for", "options_for", "seeds_for"]
 
@@ -31,7 +31,7 @@ class Request(TypedDict, total=False):
     negative: Texts
     """What to keep away from: one for all, or one per prompt."""
     label: Sequence[int]
-    """Classes, for class-conditional systems, in place of prompts."""
+    """Classes, for class-conditional systems and classifier guidance, in place of prompts."""
     size: int | Size
     """Side of a square, or (height, width), in pixels."""
     image: Image.Image | Tensor
@@ -97,7 +97,10 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
-    if "image" in request and "start" not in given:
+    knobs = defaults.spacing_knobs
+    if "steps" in given and "sections" in knobs and not given.keys() & {"spacing", "spacing_knobs"}:
+        given["spacing_knobs"] = {name: v for name, v in knobs.items() if name != "sections"}
+    if "image" in request and "start" not in given and not isinstance(defaults.start, Fill):
         given["start"] = FromImage()
     return replace(defaults, **given) if given else defaults
 
@@ -114,7 +117,7 @@ def _guidance(default: Guidance, asked: object) -> object:
         return asked
     if isinstance(default, InstructPix2Pix):
         return replace(default, text=float(asked))
-    return replace(default, scale=float(asked)) if isinstance(default, CFG) else CFG(float(asked))
+    return replace(default, scale=float(asked)) if isinstance(default, CFG | Guided) else CFG(float(asked))
 
 
 def _each(values: Sequence[str], n: int) -> list[str]:

@@ -11,11 +11,14 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
+from sfumato.text.glide import packed
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CLIPTokenizer", "clip_files", "clip_tokenizer"]
+__all__ = ["SIMPLE", "CLIPTokenizer", "clip_files", "clip_tokenizer"]
 
 LONGEST = 2**16  # ids per text that a file may mean
+SIMPLE = "bpe_simple_vocab_16e6.txt"  # the merges of the published code, from which the ids follow
+MERGES = 48894  # of them that CLIP uses
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Of the published code: specials, English endings, runs of letters, single digits, runs of anything else.
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
@@ -41,8 +44,8 @@ class CLIPTokenizer:
         return torch.tensor([row.ids for row in self._engine.encode_batch(list(texts))], dtype=torch.long)
 
 
-def clip_tokenizer(folder: Path, pad: str = "") -> Tokenizer:
-    """A pipeline's tokenizer, with the length and the padding that its files say; `pad` overrides.
+def clip_tokenizer(folder: Path, pad: str = "", length: int | None = None) -> Tokenizer:
+    """A pipeline's tokenizer, with the length and the padding that its files say, unless they are given.
 
     Raises: ValueError in one line if the folder has none, or what it has is damaged.
     """
@@ -53,7 +56,7 @@ def clip_tokenizer(folder: Path, pad: str = "") -> Tokenizer:
             told |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from None
-    token, context = told.get("pad_token") or END, told.get("model_max_length")
+    token, context = told.get("pad_token") or END, length or told.get("model_max_length")
     if isinstance(token, dict):
         token = token.get("content", END)
     context = context if isinstance(context, int) and context < LONGEST else 77  # 1e30 = not known
@@ -113,13 +116,25 @@ def _engine(folder: Path) -> Engine:
             return Engine.from_file(str(whole))
         if vocabulary.is_file() and merges.is_file():
             return _of_merges(*models.BPE.read_file(str(vocabulary), str(merges)))
+        if (simple := packed(folder / SIMPLE)) is not None:
+            return _of_merges(*_numbered(simple.splitlines()[1 : MERGES + 1]))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
         ) from None
     raise ValueError(
-        f"{folder} holds no CLIP vocabulary: no tokenizer.json, and not vocab.json with merges.txt"
+        f"{folder} holds no CLIP vocabulary: no tokenizer.json, no {SIMPLE}.gz, and not vocab.json with merges.txt"
     )
+
+
+def _numbered(lines: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids as the published code gives them: bytes, bytes that end a word, merges, start and end."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = len(set(range(256)) - set(printable))
+    letters = [*map(chr, printable), *(chr(256 + n) for n in range(rest))]
+    merges = [(a, b) for a, b in (line.split() for line in lines if line.strip())]
+    words = [*letters, *(f"{one}</w>" for one in letters), *(a + b for a, b in merges), START, END]
+    return {word: i for i, word in enumerate(words)}, merges
 
 
 def _of_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Engine:

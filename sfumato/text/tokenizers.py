@@ -46,7 +46,12 @@ class Tokenizer:
         return ids, mask.reshape(len(rows), self.context)
 
     def unknown(self, text: str) -> list[str]:
-        """The words of `text` that training never saw whole, so that they are spelled in pieces."""
+        """The words of `text` that training never saw whole, so that they are spelled in pieces.
+
+        Of a vocabulary that was learned elsewhere, which spells many words, this says nothing.
+        """
+        if not isinstance(self._engine.pre_tokenizer, pre_tokenizers.Metaspace):
+            return []
         words = [
             w
             for w, _ in self._engine.pre_tokenizer.pre_tokenize_str(

@@ -82,6 +82,7 @@ class Layout:
             folders; "" = it is one of files.
         library: which that class is from.
         pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
+        vocabulary: "gpt2" if it lies there and is GPT-2's, "clip" if it is CLIP's; the tower tells the length.
     """
 
     parts: tuple[Part[Any], ...]
@@ -91,6 +92,7 @@ class Layout:
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
     pad: str = ""
+    vocabulary: Literal["", "clip", "gpt2"] = ""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
