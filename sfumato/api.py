@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -11,20 +10,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.checkpoints.foreign import CONFIG, INDEX, Foreign, read_foreign, read_json, write_nets
+from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
-from sfumato.systems.adapting import adapted, guided
+from sfumato.systems.adapting import adapted, guided_by
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = ["BUNDLED", "generate", "guided", "load", "load_nets", "save", "save_nets", "train"]
 
 Config = Mapping[str, object] | str | Path
-Guides = str | Path | Sequence[str | Path] | Mapping[str, nn.Module]
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 """The system that comes with the package."""
 
@@ -39,8 +37,6 @@ def load(
     dtype: torch.dtype | None = None,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
-    guide: Guides | None = None,
-    tokenizer: str | Path | None = None,
 ) -> System:
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
@@ -51,10 +47,6 @@ def load(
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
         adapter: adapter.safetensors of a run on this system, merged into its weights.
         adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
-        guide: what guides it: the file or folder of a noisy classifier, those of both towers of GLIDE's
-            noised CLIP, or the nets themselves as `load_nets` gives them. `guidance` of a request is then
-            its scale.
-        tokenizer: folder of the vocabulary of a text tower, if it does not lie beside its file.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
@@ -62,15 +54,47 @@ def load(
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
     path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
     if _foreign(path):
-        read = partial(read_foreign, device=where, dtype=held, tokenizer=tokenizer)
-        system, scale = _load_foreign(read(path, layout=layout, config=_settings(config)), vae, where, held)
+        system = _load_foreign(path, layout, _settings(config), vae, where, held)
     elif layout is not None or config is not None or vae is not None:
         raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
     else:
-        system, scale = load_system(path, device=where, dtype=held), None
-    if adapter is not None:
-        system = adapted(system, adapter, scale=adapter_scale)
-    return system if guide is None else _guided(system, guide, scale, where, held, tokenizer)
+        system = load_system(path, device=where, dtype=held)
+    return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
+
+
+def guided(
+    system: System | str | Path,
+    *guides: str | Path | Mapping[str, nn.Module],
+    scale: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> System:
+    """A system of one stage that is guided by a noisy classifier, or by GLIDE's noised CLIP.
+
+    Args:
+        system: a loaded one, or its path.
+        guides: the file or run of the classifier, the files of both towers of CLIP, or nets of `load_nets`.
+        scale: how strongly unless a request gives `guidance`; None = 1 for a classifier, 3 for CLIP.
+        device, dtype: of what is read, as of `load`.
+
+    Raises: ValueError in one line if the guide is of other classes or pictures than the system.
+    """
+    where, held = device_of(device), dtype or torch.float32
+    nets: dict[str, nn.Module] = {}
+    words = None
+    for guide in guides:
+        if isinstance(guide, Mapping):
+            nets |= guide
+            continue
+        path = Path(guide)
+        folder = path if (path / MANIFEST).is_file() else path / "system"
+        if (folder / MANIFEST).is_file():
+            nets |= read_folder(folder, device=where, dtype=held).parts.nets
+        else:
+            found = read_foreign(path, device=where, dtype=held)
+            nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)
+    system = system if isinstance(system, System) else load(system, device=where, dtype=held)
+    return guided_by(system, nets, words, scale=scale)
 
 
 def load_nets(
@@ -146,38 +170,19 @@ def _foreign(path: Path) -> bool:
 
 
 def _load_foreign(
-    found: Foreign, vae: str | Path | None, device: torch.device, dtype: torch.dtype
-) -> tuple[System, float | None]:
-    """The system, and the scale at which a classifier guides it if its file has a published one."""
-    from sfumato.families.assembly import system_of
-
-    if vae is not None:
-        found += read_foreign(vae, device=device, dtype=dtype)
-    scale = found.settings.get("net", {}).get("classifier_scale")
-    return system_of(found), scale if isinstance(scale, float | int) else None
-
-
-def _guided(
-    system: System,
-    guide: Guides,
-    scale: float | None,
+    path: Path,
+    layout: str | None,
+    config: Mapping[str, object],
+    vae: str | Path | None,
     device: torch.device,
     dtype: torch.dtype,
-    tokenizer: str | Path | None,
 ) -> System:
-    if isinstance(guide, Mapping):
-        guide, nets = [], dict(guide)
-    else:
-        guide, nets = [guide] if isinstance(guide, str | Path) else guide, {}
-    words = None
-    for path in map(Path, guide):
-        folder = path if (path / MANIFEST).is_file() else path / "system"
-        if (folder / MANIFEST).is_file():
-            nets |= read_folder(folder, device=device, dtype=dtype).parts.nets
-        else:
-            found = read_foreign(path, device=device, dtype=dtype, tokenizer=tokenizer)
-            nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)
-    return guided(system, nets, words, scale=scale)
+    from sfumato.families.assembly import system_of
+
+    found = read_foreign(path, layout=layout, config=config, device=device, dtype=dtype)
+    if vae is not None:
+        found += read_foreign(vae, device=device, dtype=dtype)
+    return system_of(found)
 
 
 def _settings(config: Config | None) -> Mapping[str, object]:

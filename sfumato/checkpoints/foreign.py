@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 from sfumato.text.clip import SIMPLE, clip_tokenizer
-from sfumato.text.glide import glide_tokenizer, installed
+from sfumato.text.glide import glide_tokenizer, installed, packed
 from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
@@ -70,7 +70,6 @@ def read_foreign(
     config: Settings | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    tokenizer: str | Path | None = None,
 ) -> Foreign:
     """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
 
@@ -78,7 +77,6 @@ def read_foreign(
         layout: a name in LAYOUTS; None = the first whose marks the tensors have.
         config: settings of the net in the reference's own names, beyond what the file says of itself.
         dtype: in which matrix and convolution weights are held; see `floating`.
-        tokenizer: folder of the vocabulary, if it is not beside the file.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
@@ -96,8 +94,7 @@ def read_foreign(
     else:
         state, given = _unwrapped(path)
         found = _read_state(state, layout, given | dict(config or {}), path)
-        places = [path.parent / "tokenizer", path.parent] if tokenizer is None else [Path(tokenizer)]
-        found += Foreign({}, {}, {}, {}, _vocabulary(places, found))
+        found += Foreign({}, {}, {}, {}, _vocabulary(path.parent, found))
     for net in found.nets.values():
         assign(net, floating(net, net.state_dict(), dtype), where=str(path))
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -244,16 +241,17 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
 
 
-def _vocabulary(places: Sequence[Path], found: Foreign) -> dict[str, Tokenizer]:
-    """The tokenizer of a file with a text tower, from one of some folders, or of an installed package."""
-    kind = LAYOUTS[next(iter(found.layouts.values()))]
+def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
+    """The tokenizer of a file with a text tower: beside it, in a folder of that name, or of a package."""
+    kind, places = LAYOUTS[next(iter(found.layouts.values()))], [folder / "tokenizer", folder]
     if kind.vocabulary == "gpt2":
-        context: Any = found.settings["text"]["text_ctx"]
-        gpt2 = glide_tokenizer([*places, *installed()], context)
+        told: Any = found.settings["text"]
+        own = [Path(told["tokenizer"])] if told["tokenizer"] else [*places, *installed()]
+        gpt2 = glide_tokenizer(own, told["text_ctx"])
         return {} if gpt2 is None else {"tokenizer": gpt2}
     if kind.vocabulary == "clip":
         length: Any = found.settings["clip_text"]["max_text_len"]
-        have = [p for p in (*places, *installed()) if list(p.glob(f"{SIMPLE}*")) or (p / "merges.txt").is_file()]
+        have = [p for p in (*places, *installed()) if packed(p / SIMPLE) or (p / "merges.txt").is_file()]
         return {"tokenizer": clip_tokenizer(have[0], length=length)} if have else {}
     have = [p for p in places if kind.pad and (p / "merges.txt").is_file()]
     return {"tokenizer": clip_tokenizer(have[0], kind.pad)} if have else {}

@@ -50,9 +50,7 @@ class LowRes:
         low_res = inputs.low_res
         if self.rounded:
             low_res = ((low_res + 1) * 127.5).round() / 127.5 - 1
-        picture = F.interpolate(
-            low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False
-        )
+        picture = F.interpolate(low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False)
         if self.schedule is None or self.aug is None:
             return Conditioning(concat=picture)
         if noise is None:

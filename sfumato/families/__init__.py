@@ -8,6 +8,7 @@ from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, REC
     dit,
     glide,
     latent,
+    pixel,
     scenes,
     stable,
 )

@@ -55,7 +55,9 @@ def _adm(found: Foreign) -> System:
         shape=(channels, side, side),
         defaults=sampling.defaults,
     )
-    about = About(name="ADM upsampler" if enlarges else "ADM", summary="Read from a file of guided-diffusion.")
+    about = About(
+        name="ADM upsampler" if enlarges else "ADM", summary="Read from a file of guided-diffusion."
+    )
     return assemble(SystemConfig(stages=(stage,)), Parts({"net": net}), about=about)
 
 

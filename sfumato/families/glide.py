@@ -34,15 +34,15 @@ def _glide(found: Foreign) -> System:
     assert isinstance(net, UNet)
     if "tokenizer" not in found.tokenizers:
         raise ValueError(
-            "GLIDE's vocabulary is missing; copy encoder.json and vocab.bpe beside the file, give their folder "
-            "as tokenizer=..., or install the package glide_text2im"
+            "GLIDE's vocabulary is missing; copy encoder.json and vocab.bpe beside the file, give "
+            "config={'tokenizer': their folder}, or install the package glide_text2im"
         )
     channels = picture_channels(net.config.in_channels, net.config.out_channels)
     pictures, fills = divmod(net.config.in_channels, channels)
     if (pictures, fills) not in KINDS:
         raise ValueError(
-            f"this U-Net reads {net.config.in_channels} channels and draws {channels}; a GLIDE system reads the "
-            "picture, and more: a masked one with its mask, a low-resolution one, or both"
+            f"this U-Net reads {net.config.in_channels} channels and draws {channels}; a GLIDE system reads "
+            "a picture, and more: a masked one with its mask, a low-resolution one, or both"
         )
     enlarges = KINDS[pictures, fills]
     side = side_of(settings)

@@ -62,7 +62,9 @@ class NoisedText(nn.Module):
         Raises: ValueError if L exceeds the context.
         """
         if ids.shape[1] > len(self.positions):
-            raise ValueError(f"{ids.shape[1]} tokens for a text tower with a context of {len(self.positions)}")
+            raise ValueError(
+                f"{ids.shape[1]} tokens for a text tower with a context of {len(self.positions)}"
+            )
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, causal=True)

@@ -12,16 +12,16 @@ from torch import nn
 from sfumato.checkpoints.adapters import read_adapters
 from sfumato.checkpoints.files import sha256
 from sfumato.checkpoints.native import Parts
-from sfumato.nets.lora import attach, detach, merged_copy, restore
 from sfumato.diffusion.guidance import Guided
 from sfumato.nets.classifier import NoisyClassifier
+from sfumato.nets.lora import attach, detach, merged_copy, restore
 from sfumato.systems.conditioning import TokenTextConfig
 from sfumato.systems.config import SystemConfig
 from sfumato.systems.guides import ByClassifierConfig, ByClipConfig, GuideConfig
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["adapted", "guided"]
+__all__ = ["adapted", "guided_by"]
 
 
 def adapted(system: System, path: str | Path, *, scale: float = 1.0) -> System:
@@ -58,8 +58,12 @@ def adapted(system: System, path: str | Path, *, scale: float = 1.0) -> System:
     return assemble(system.config, parts, about=about, card=system.card, fingerprint=mark)
 
 
-def guided(
-    system: System, nets: Mapping[str, nn.Module], tokenizer: Tokenizer | None = None, *, scale: float | None = None
+def guided_by(
+    system: System,
+    nets: Mapping[str, nn.Module],
+    tokenizer: Tokenizer | None = None,
+    *,
+    scale: float | None = None,
 ) -> System:
     """The system with its one stage guided by a noisy classifier, or by the two towers of a noised CLIP.
 
@@ -71,7 +75,9 @@ def guided(
     Raises: ValueError in one line if they do not fit the stage.
     """
     if len(system.config.stages) != 1:
-        raise ValueError(f"a guide is for one stage, and this system has {len(system.config.stages)}; join later")
+        raise ValueError(
+            f"a guide is for one stage, and this system has {len(system.config.stages)}; join later"
+        )
     classifiers = {name: net for name, net in nets.items() if isinstance(net, NoisyClassifier)}
     if not classifiers and not {"clip_image", "clip_text"} <= nets.keys():
         raise ValueError(
@@ -84,8 +90,9 @@ def guided(
         )
     guide: GuideConfig = ByClassifierConfig() if classifiers else ByClipConfig()
     added = {"classifier": next(iter(classifiers.values()))} if classifiers else dict(nets)
-    scale = scale if scale is not None and classifiers else 1.0 if classifiers else 3.0
-    defaults = replace(system.config.stages[0].defaults, guidance=Guided(scale))
+    usual = 1.0 if classifiers else 3.0
+    guidance = Guided(usual if scale is None else scale)
+    defaults = replace(system.config.stages[0].defaults, guidance=guidance)
     stage = replace(system.config.stages[0], guide=guide, defaults=defaults)
     tokenizers = {**system.parts.tokenizers, **({} if tokenizer is None else {"clip": tokenizer})}
     parts = Parts({**system.parts.nets, **added}, tokenizers)

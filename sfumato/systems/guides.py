@@ -41,7 +41,12 @@ class ByClassifier:
         """See Guide."""
         c, label = self.net.config, inputs.label
         _check_shape("classifier", shape, c.encoder.in_channels, c.size if c.pool == "attention" else None)
-        if label is None or len(label) != inputs.n or int(label.min()) < 0 or int(label.max()) >= c.num_classes:
+        if (
+            label is None
+            or len(label) != inputs.n
+            or int(label.min()) < 0
+            or int(label.max()) >= c.num_classes
+        ):
             given = "none" if label is None else str(label.tolist())
             raise ValueError(
                 f"the classifier guides to a class and label is {given}; give one for each of {inputs.n} "

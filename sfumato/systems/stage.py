@@ -164,7 +164,11 @@ class Stage:
         if self.emits == "image_embed":
             return replace(inputs, image_embed=self.codec.decode(x), latent=None)
         picture = self.codec.decode(x).float().clamp(-1, 1)
-        if isinstance(options.start, FromImage | Fill) and inputs.image is not None and inputs.mask is not None:
+        if (
+            isinstance(options.start, FromImage | Fill)
+            and inputs.image is not None
+            and inputs.mask is not None
+        ):
             # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
             size = (picture.shape[-2], picture.shape[-1])
             mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")

@@ -123,7 +123,7 @@ def _engine(folder: Path) -> Engine:
             f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
         ) from None
     raise ValueError(
-        f"{folder} holds no CLIP vocabulary: no tokenizer.json, no {SIMPLE}.gz, and not vocab.json with merges.txt"
+        f"{folder} holds no CLIP vocabulary: no tokenizer.json, {SIMPLE}.gz or vocab.json with merges.txt"
     )
 
 

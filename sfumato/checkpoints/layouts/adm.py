@@ -64,7 +64,6 @@ DIFFUSION: Settings = {
     "sigma_small": False,
     "clip_denoised": True,
     "use_ddim": False,
-    "classifier_scale": 1.0,
 }
 """The reference's flags of its diffusion and sampling, that a system needs and a net does not."""
 
@@ -90,10 +89,10 @@ FILES: Mapping[str, Settings] = {
         "use_new_attention_order": True,
         "noise_schedule": "cosine",
     },
-    "128x128_diffusion": {**_HEADS_4, "image_size": 128, "classifier_scale": 0.5},
+    "128x128_diffusion": {**_HEADS_4, "image_size": 128},
     "256x256_diffusion": {**_ADM, "image_size": 256},
-    "256x256_diffusion_uncond": {**_ADM, "image_size": 256, "classifier_scale": 10.0},
-    "512x512_diffusion": {**_ADM, "image_size": 512, "classifier_scale": 4.0},
+    "256x256_diffusion_uncond": {**_ADM, "image_size": 256},
+    "512x512_diffusion": {**_ADM, "image_size": 512},
     "64_256_upsampler": {**_HEADS_4, "image_size": 256, "small_size": 64},
     "128_512_upsampler": {**_ADM, "image_size": 512, "small_size": 128},
     "lsun_bedroom": _LSUN,

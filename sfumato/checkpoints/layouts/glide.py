@@ -34,7 +34,13 @@ from sfumato.nets.unet import UNet, UNetConfig
 
 __all__: list[str] = []  # everything is reached through LAYOUTS
 
-TEXT_FREE: Settings = {"xf_heads": None, "xf_final_ln": True, "xf_ar": 0.0, "share_unemb": False}
+TEXT_FREE: Settings = {
+    "xf_heads": None,
+    "xf_final_ln": True,
+    "xf_ar": 0.0,
+    "share_unemb": False,
+    "tokenizer": None,
+}
 BLOCK: LeafTable = {
     "attn.c_proj": "attention.out",
     "ln_1": "norm1",

@@ -82,7 +82,7 @@ class Layout:
             folders; "" = it is one of files.
         library: which that class is from.
         pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
-        vocabulary: "gpt2" if it lies there and is GPT-2's, "clip" if it is CLIP's; the tower tells the length.
+        vocabulary: "gpt2" or "clip" if it is of one of these, in a length that the tower tells.
     """
 
     parts: tuple[Part[Any], ...]

@@ -14,7 +14,7 @@ from sfumato.nets.unet import LevelConfig, UNet, UNetConfig
 
 __all__: list[str] = []  # everything is reached through LAYOUTS
 
-CLASS = "UNet2DModel"
+CLASS, SHIFT = "UNet2DModel", "resnet_time_scale_shift"
 # Arguments whose one value the nets of this family have; another is refused.
 FIXED: Settings = {
     "act_fn": "silu",
@@ -38,7 +38,7 @@ FREE: Settings = {
     "freq_shift": 0,
     "norm_eps": 1e-5,
     "norm_num_groups": 32,
-    "resnet_time_scale_shift": "default",
+    SHIFT: "default",
 }
 
 
@@ -47,6 +47,13 @@ def _settings(shapes: Shapes, given: Settings) -> Settings:
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise ValueError(f"{name} {given[name]} is not supported for a {CLASS}; allowed: {value}")
+    if (
+        "mid_block.attentions.0.to_q.weight" in shapes
+        and "mid_block.attentions.0.group_norm.weight" not in shapes
+    ):
+        raise ValueError(
+            f"the attention in the middle has no norm ({SHIFT} {given.get(SHIFT)}); this is not supported"
+        )
     config = _config({**FREE, **given, OURS: shapes})
     read = _published(config, given)
     for name, value in given.items():
@@ -67,7 +74,11 @@ def _config(settings: Settings) -> UNetConfig:
     *levels, middle = (attention if place else None for place in stack.places)
     embed, time = shape_of(shapes, "time_embedding.linear_1.weight", 2)
     rows = shapes.get("class_embedding.weight")
-    labels = () if rows is None else (EmbedderConfig(kind="table", features=(Feature(field="label", dim=rows[0]),)),)
+    labels = (
+        ()
+        if rows is None
+        else (EmbedderConfig(kind="table", features=(Feature(field="label", dim=rows[0]),)),)
+    )
     return UNetConfig(
         in_channels=shape_of(shapes, "conv_in.weight", 4)[1],
         out_channels=shape_of(shapes, "conv_out.weight", 4)[0],
@@ -84,7 +95,7 @@ def _config(settings: Settings) -> UNetConfig:
             extras=labels,
         ),
         block=BlockConfig(
-            film=s["resnet_time_scale_shift"] == "scale_shift",
+            film=s[SHIFT] == "scale_shift",
             resample="conv" if s["downsample_padding"] else "conv_asymmetric",
             norm_groups=s["norm_num_groups"],
             norm_eps=float(s["norm_eps"]),
@@ -128,7 +139,7 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         "freq_shift": int(e.shift),
         "norm_eps": c.block.norm_eps,
         "norm_num_groups": c.block.norm_groups,
-        "resnet_time_scale_shift": "scale_shift" if c.block.film else "default",
+        SHIFT: "scale_shift" if c.block.film else "default",
         "num_class_embeds": e.extras[0].features[0].dim if e.extras else None,
     }
 
@@ -146,5 +157,9 @@ NET = Part(
     aliases=OLD,
     known=(*FIXED, *FREE, *SHAPE, "down_block_types", "up_block_types", "num_class_embeds"),
 )
-MARKS = ("down_blocks.0.resnets.0.time_emb_proj.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight")
+MARKS = (
+    "down_blocks.0.resnets.0.time_emb_proj.weight",
+    "mid_block.resnets.0.conv1.weight",
+    "conv_out.weight",
+)
 LAYOUTS("unet2d-diffusers")(Layout((NET,), MARKS, CLASS))
