@@ -74,5 +74,6 @@ def _defaults(options: SampleOptions, *, enlarges: bool, fills: bool) -> SampleO
     temperature = TEMPERATURE if enlarges else 1.0
     start = Fill(temperature) if fills else FromNoise(temperature=temperature)
     if enlarges:
-        return replace(options, start=start, **({} if fills else {"sampler": "ddim", "knobs": {}}))
+        options = options if fills else replace(options, sampler="ddim", knobs={})
+        return replace(options, start=start)
     return replace(options, start=start, guidance=GUIDANCE_OF_HOLES if fills else GUIDANCE)

@@ -145,7 +145,7 @@ class StageConfig:
             shape=self.shape,
             emits=self.emits,
             defaults=self.defaults,
-            guide=None if self.guide is None else self.guide.build(parts, self),
+            guide=None if self.guide is None else self.guide.build(parts, self.shape, self.conditioners),
         )
 
 

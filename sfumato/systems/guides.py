@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -14,13 +14,12 @@ from sfumato.core.types import Inputs
 from sfumato.diffusion.score import LogProb, class_log_prob, similarity
 from sfumato.nets.classifier import NoisyClassifier
 from sfumato.nets.noised_clip import NoisedText, NoisedVision
-from sfumato.systems.conditioning import LabelConfig, part_of
+from sfumato.systems.conditioning import ConditionerConfig, LabelConfig, part_of
 from sfumato.text.tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from sfumato.systems.config import StageConfig
-
 __all__ = ["ByClassifier", "ByClassifierConfig", "ByClip", "ByClipConfig", "Guide", "GuideConfig"]
+
+Told = tuple[ConditionerConfig, ...]
 
 
 class Guide(Protocol):
@@ -82,19 +81,19 @@ class ByClassifierConfig:
     net: str = "classifier"
     kind: Literal["classifier"] = "classifier"
 
-    def build(self, parts: Parts, stage: StageConfig) -> Guide:
+    def build(self, parts: Parts, shape: tuple[int, ...], told: Told) -> Guide:
         """The guide itself. Raises: ValueError if the classifier is one of other classes or pictures."""
         net = part_of("network", self.net, parts.nets)
         if not isinstance(net, NoisyClassifier):
             raise ValueError(f"network {self.net!r} is a {type(net).__name__}; expected a NoisyClassifier")
-        classes = [c.num_classes for c in stage.conditioners if isinstance(c, LabelConfig)]
+        classes = [c.num_classes for c in told if isinstance(c, LabelConfig)]
         if classes and classes[0] != net.config.num_classes:
             raise ValueError(
                 f"the classifier knows {net.config.num_classes} classes and the denoiser {classes[0]}; "
                 "choose a classifier that was trained for it"
             )
         side = net.config.size if net.config.pool == "attention" else None
-        _check_shape("classifier", stage.shape, net.config.encoder.in_channels, side)
+        _check_shape("classifier", shape, net.config.encoder.in_channels, side)
         return ByClassifier(net)
 
 
@@ -107,7 +106,7 @@ class ByClipConfig:
     tokenizer: str = "clip"
     kind: Literal["clip"] = "clip"
 
-    def build(self, parts: Parts, stage: StageConfig) -> Guide:
+    def build(self, parts: Parts, shape: tuple[int, ...], told: Told) -> Guide:
         """The guide itself. Raises: ValueError if the CLIP is for other pictures."""
         net, encoder = (part_of("network", name, parts.nets) for name in (self.net, self.encoder))
         tokenizer = part_of("tokenizer", self.tokenizer, parts.tokenizers)
@@ -116,7 +115,7 @@ class ByClipConfig:
             raise ValueError(f"CLIP guidance is by a NoisedVision and a NoisedText, not a {kinds}")
         if encoder.config.embed != net.config.embed or tokenizer.vocab_size > encoder.config.vocab:
             raise ValueError("the two towers and the tokenizer of CLIP do not belong together")
-        _check_shape("CLIP", stage.shape, 3, net.config.size)
+        _check_shape("CLIP", shape, 3, net.config.size)
         return ByClip(net, encoder, tokenizer)
 
 

@@ -169,7 +169,7 @@ def test_clip_guides_to_the_text(files, tmp_path):
     both = {}
     for name, net in towers.items():
         path, layout = tmp_path / f"clip_{name}_enc.pt", f"glide-clip-{name}"
-        both |= sfumato.load_nets(path, layout=layout, config={"n_head": 2})
+        both |= sfumato.load_nets(path, layout=layout, config={"n_head_state": 16})
         pairs = zip(both[f"clip_{name}"].parameters(), net.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     tokenizer = clip_tokenizer(tmp_path, length=8)
@@ -192,5 +192,5 @@ def vocabulary_of_clip(folder) -> None:
 def test_a_mistake_is_one_line(files, tmp_path):
     with pytest.raises(ValueError, match=r"GLIDE's vocabulary is missing; copy encoder\.json and vocab"):
         sfumato.load(files / "base.pt", config=CONFIG | {"tokenizer": str(tmp_path)})
-    with pytest.raises(ValueError, match="this U-Net reads 5 channels and draws 3; a GLIDE system reads"):
+    with pytest.raises(ValueError, match="this U-Net reads 5 channels and draws 6; a GLIDE system reads"):
         sfumato.load(files / "odd.pt", config={**CONFIG, "in_channels": 5})

@@ -59,7 +59,8 @@ def _settings(own: str, shapes: Shapes, given: Settings) -> Settings:
     each: Any = said.get("n_head_state")
     if heads is None and each is None:
         raise ValueError("no tensor tells the heads: give config={'n_head_state': ...}, 64 as published")
-    read |= {"n_head": heads or width // each, "n_head_state": each or width // heads}
+    heads = heads or max(width // each, 1)
+    read |= {"n_head": heads, "n_head_state": width // heads}
     return settled(said, read, HEADS)
 
 
@@ -74,7 +75,7 @@ def _names(config: Config) -> KeyMap:
     pairs = {f"blocks.input.{theirs}": ours for theirs, ours in {**table, "w_pos": "positions"}.items()}
     pairs["blocks.output.f.w"] = "projection.weight"
     norms = {"blocks.output.ln": "norm", **({"blocks.input.ln": "norm_in"} if vision else {})}
-    linear = {}
+    linear: dict[str, str] = {}
     for i in range(config.depth):
         theirs, ours = f"blocks.block_{i}", f"blocks.{i}"
         norms |= {f"{theirs}.f_attn.ln": f"{ours}.norm1", f"{theirs}.f_mlp.ln": f"{ours}.norm2"}

@@ -66,8 +66,9 @@ def _settings(shapes: Shapes, given: Settings) -> Settings:
 def _config(settings: Settings) -> UNetConfig:
     """Our config of settings, and of shapes or the config that was found in them."""
     s: Any = settings
-    if isinstance(s[OURS], UNetConfig):
-        return s[OURS]
+    known = settings[OURS]
+    if isinstance(known, UNetConfig):
+        return known
     shapes: Shapes = s[OURS]
     stack, width = stack_of(shapes, DIALECT), s["attention_head_dim"]
     attention = AttentionConfig(heads=1) if width is None else AttentionConfig(head_dim=width)
