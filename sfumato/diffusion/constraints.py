@@ -90,7 +90,7 @@ class Dynamic:
         return x0.clamp(-bound, bound) / bound
 
 
-ThresholdConfig = Annotated[Static | Dynamic, Field(discriminator="kind")]
+ThresholdConfig = Annotated[Static | Dynamic | None, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
