@@ -40,6 +40,7 @@ class Drawing:
     """Everything but the system itself.
 
     Attributes:
+        label: class; None = none.
         size: (height, width).
         options: by stage, nothing left to defaults.
     """
@@ -49,6 +50,7 @@ class Drawing:
     seed: int
     size: tuple[int, int]
     options: Mapping[str, SampleOptions]
+    label: int | None = None
 
     @property
     def steps(self) -> int:
@@ -60,6 +62,7 @@ class Drawing:
         return system.generate(
             [self.prompt],
             negative=self.negative,
+            **({} if self.label is None else {"label": [self.label]}),
             seed=self.seed,
             size=self.size,
             options=self.options,

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 import sfumato
+from sfumato import cli
+from sfumato.checkpoints.native import Folder, Parts, write_folder
+from sfumato.core.image import load
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
 from sfumato.diffusion.guidance import Guided
@@ -216,11 +219,11 @@ def test_a_mistake_is_one_line(case, files):
     name, config, guide, message = MISTAKES[case]
     nets = classifier(**guide)
 
-    def load() -> None:
+    def make() -> None:
         sfumato.guided(sfumato.load(files / f"{name}.pt", config=HEADS | config), nets)
 
     with pytest.raises(ValueError, match=message) as error:
-        load()
+        make()
     assert "\n" not in str(error.value)
 
 
@@ -242,3 +245,20 @@ def test_a_request_that_the_system_cannot_take_is_one_line(files):
         free.generate(label=[1], size=12)
     with pytest.raises(ValueError, match="a guide is a noisy classifier, or both towers of a noised CLIP; g"):
         sfumato.guided(base, base.parts.nets)
+
+
+def test_the_command_takes_a_class_and_a_guide(files, tmp_path, monkeypatch, capsys):
+    config = HEADS | {"noise_schedule": "linear", "timestep_respacing": "2"}
+    sfumato.save(sfumato.load(files / "base.pt", config=config), tmp_path / "system")
+    net = classifier()["classifier"]
+    write_folder(tmp_path / "run" / "system", Folder(Parts({"classifier": net}), {}, {}, ""))
+    monkeypatch.chdir(tmp_path)
+    command = ["--system", "system", "--device", "cpu"]
+    for out, flags in (("a", ["--guide", "run"]), ("b", ["--guide", "run", "--guidance", "0"]), ("c", [])):
+        drawn = ["generate", "", "--label", "2", "--out", f"{out}.png", *flags, *command]
+        assert cli.main(drawn) == 0
+    assert cli.main(["rerun", "a.png", "--guide", "run", *command]) == 0
+    a, b, c = (load(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    assert a != b == c
+    assert cli.main(["generate", "", "--guide", "run", *command]) == 2
+    assert "this network is always told a class" in capsys.readouterr().err
