@@ -261,4 +261,4 @@ def test_the_command_takes_a_class_and_a_guide(files, tmp_path, monkeypatch, cap
     a, b, c = (load(tmp_path / f"{name}.png").tobytes() for name in "abc")
     assert a != b == c
     assert cli.main(["generate", "", "--guide", "run", *command]) == 2
-    assert "this network is always told a class" in capsys.readouterr().err
+    assert "the classifier guides to a class and label is none" in capsys.readouterr().err

@@ -104,11 +104,11 @@ TEXT, IMAGE = (
         config=partial(_config, kind),
         names=_names,
         published=_published,
-        known=(*HEADS, *OWN),
+        known=("n_embd", "n_xf_blocks", *HEADS, *OWN, *own_names),
     )
-    for name, build, own, kind in (
-        ("clip_text", NoisedText, OWN[0], NoisedTextConfig),
-        ("clip_image", NoisedVision, OWN[1], NoisedVisionConfig),
+    for name, build, own, kind, own_names in (
+        ("clip_text", NoisedText, OWN[0], NoisedTextConfig, ("n_bpe_vocab", "max_text_len")),
+        ("clip_image", NoisedVision, OWN[1], NoisedVisionConfig, ("image_size", "patch_size", "n_timestep")),
     )
 )
 MARKS = "blocks.input.w_voc", "blocks.input.w_t"

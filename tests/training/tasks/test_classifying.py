@@ -57,7 +57,7 @@ def test_it_learns_what_can_be_seen_through_the_noise():
         optim = torch.optim.Adam(net.parameters(), 5e-3)
         for step in range(30):
             (loss,) = one.losses(batch(), Noise(range(8 * step, 8 * step + 8)), Moment(0, 1))
-            assert step or pool != "adaptive" or math.isclose(float(loss.value), math.log(2), rel_tol=1e-5)
+            assert step or pool != "adaptive" or math.isclose(loss.value.item(), math.log(2), rel_tol=1e-5)
             optim.zero_grad()
             loss.value.backward()
             assert all(p.grad is not None for p in net.parameters())
