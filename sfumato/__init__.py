@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.api import generate, load, load_nets, save, save_nets, train
+    from sfumato.api import generate, guided, load, load_nets, save, save_nets, train
     from sfumato.core.types import Inputs, Reading
     from sfumato.systems.system import System
 
@@ -19,6 +19,7 @@ __all__ = [
     "System",
     "__version__",
     "generate",
+    "guided",
     "load",
     "load_nets",
     "save",
@@ -33,6 +34,7 @@ _HOMES = {
     "Reading": "sfumato.core.types",
     "System": "sfumato.systems.system",
     "generate": "sfumato.api",
+    "guided": "sfumato.api",
     "load": "sfumato.api",
     "load_nets": "sfumato.api",
     "save": "sfumato.api",

@@ -13,14 +13,14 @@ from torch import nn
 from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
-from sfumato.systems.adapting import adapted
+from sfumato.systems.adapting import adapted, guided_by
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = ["BUNDLED", "generate", "guided", "load", "load_nets", "save", "save_nets", "train"]
 
 Config = Mapping[str, object] | str | Path
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
@@ -60,6 +60,41 @@ def load(
     else:
         system = load_system(path, device=where, dtype=held)
     return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
+
+
+def guided(
+    system: System | str | Path,
+    *guides: str | Path | Mapping[str, nn.Module],
+    scale: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> System:
+    """A system of one stage that is guided by a noisy classifier, or by GLIDE's noised CLIP.
+
+    Args:
+        system: a loaded one, or its path.
+        guides: the file or run of the classifier, the files of both towers of CLIP, or nets of `load_nets`.
+        scale: how strongly unless a request gives `guidance`; None = 1 for a classifier, 3 for CLIP.
+        device, dtype: of what is read, as of `load`.
+
+    Raises: ValueError in one line if the guide is of other classes or pictures than the system.
+    """
+    where, held = device_of(device), dtype or torch.float32
+    nets: dict[str, nn.Module] = {}
+    words = None
+    for guide in guides:
+        if isinstance(guide, Mapping):
+            nets |= guide
+            continue
+        path = Path(guide)
+        folder = path if (path / MANIFEST).is_file() else path / "system"
+        if (folder / MANIFEST).is_file():
+            nets |= read_folder(folder, device=where, dtype=held).parts.nets
+        else:
+            found = read_foreign(path, device=where, dtype=held)
+            nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)
+    system = system if isinstance(system, System) else load(system, device=where, dtype=held)
+    return guided_by(system, nets, words, scale=scale)
 
 
 def load_nets(

@@ -17,12 +17,13 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
-from sfumato.text.clip import clip_tokenizer, installed
+from sfumato.text.clip import clip_tokenizer, clip_vocabulary
+from sfumato.text.glide import glide_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
 SHARDED = ("index.json", "index.fp16.json", "fp16.index.json")  # endings of lists of shards
 WRITTEN = (".pt", ".safetensors")
@@ -202,15 +203,18 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     index = read_json(path / INDEX)
     found = Foreign({}, {}, {}, {"": index})
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
+        home = path / name if (path / name).is_dir() else path  # the oldest pipelines have no subfolders
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if home == path and not (path / {"unet": CONFIG, "scheduler": SCHEDULER}.get(name, " ")).is_file():
             continue
         if name == "scheduler":
-            found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
+            found += Foreign({}, {}, {}, {name: read_json(home / SCHEDULER)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
         elif (layout := _of_class(str(entry[1]))) is not None:
             given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(path / name, layout, given)
+            part = _read_folder(home, layout, given)
             found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
@@ -251,10 +255,15 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
 
 def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
     """The tokenizers of a file with text towers: a vocabulary beside it, or that of an installed package."""
-    pads = LAYOUTS[next(iter(found.layouts.values()))].pads
-    places = [p for p in (folder / "tokenizer", folder) if (p / "merges.txt").is_file()] if pads else []
-    places += [p for p in (installed(),) if p is not None]
-    return {name: clip_tokenizer(places[0], pad) for name, pad in pads.items()} if places else {}
+    kind, places = LAYOUTS[next(iter(found.layouts.values()))], [folder / "tokenizer", folder]
+    if kind.vocabulary == "gpt2":
+        told: Any = found.settings["text"]
+        gpt2 = glide_tokenizer(Path(told["tokenizer"]) if told["tokenizer"] else places, told["text_ctx"])
+        return {} if gpt2 is None else {"tokenizer": gpt2}
+    length: Any = found.settings["clip_text"]["max_text_len"] if kind.vocabulary == "clip" else None
+    pads = kind.pads or ({"tokenizer": ""} if kind.vocabulary == "clip" else {})
+    place = clip_vocabulary(places) if pads else None
+    return {} if place is None else {name: clip_tokenizer(place, pad, length) for name, pad in pads.items()}
 
 
 def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -42,6 +42,7 @@ class Drawing:
     """Everything but the system itself.
 
     Attributes:
+        label: class; None = none.
         size: (height, width).
         options: by stage, nothing left to defaults.
         reading: see Inputs.
@@ -53,6 +54,7 @@ class Drawing:
     size: tuple[int, int]
     options: Mapping[str, SampleOptions]
     reading: Reading | None = None
+    label: int | str | None = None
 
     @property
     def steps(self) -> int:
@@ -64,6 +66,7 @@ class Drawing:
         # SDXL takes no negative prompt for another thing than an empty one.
         request: Request = {"negative": self.negative} if self.negative else {}
         request |= {"reading": self.reading} if self.reading else {}
+        request |= {} if self.label is None else {"label": [self.label]}
         request |= {"size": self.size, "options": self.options}
         return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 

@@ -42,6 +42,8 @@ class Generate:
     """What to draw; "" draws without a prompt."""
     negative: str = ""
     """What to keep away from."""
+    label: int | None = None
+    """Class, for systems that are told one or guided to one."""
     seed: int = 0
     """Of the first picture; the next ones use the following numbers."""
     n: int = 1
@@ -51,7 +53,7 @@ class Generate:
     sampler: str | None = None
     """euler, heun, dpmpp_2m, ddim ..."""
     guidance: float | None = None
-    """How closely to follow the prompt; 1 = not amplified."""
+    """How closely to follow the prompt, or the guide; 1 = not amplified."""
     size: str | None = None
     """Side, or WIDTHxHEIGHT, in pixels."""
     prompt_weights: bool = False
@@ -72,6 +74,8 @@ class Generate:
     """adapter.safetensors of a run on this system."""
     adapter_scale: float = 1.0
     """How strongly the adapter acts; 1 = as trained."""
+    guide: tuple[Path, ...] = ()
+    """What guides the system: file or run of a noisy classifier, or the files of a noised CLIP."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -95,6 +99,8 @@ class Rerun:
     """adapter.safetensors of a run on this system."""
     adapter_scale: float = 1.0
     """How strongly the adapter acts; 1 = as trained."""
+    guide: tuple[Path, ...] = ()
+    """What guides the system: file or run of a noisy classifier, or the files of a noised CLIP."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -137,9 +143,7 @@ def _generate(flags: Generate, world: World) -> int:
     for path in (*paths, *([sheet] if sheet else [])):
         check_writable(path)
     started = time.perf_counter()
-    system = world.agree(
-        lambda: _load(flags.system, world.device(flags.device), flags.adapter, flags.adapter_scale)
-    )
+    system = world.agree(lambda: _load(flags.system, world.device(flags.device), flags))
     drawings = _drawings(flags, system, size, seeds)
     images = _draw_all(system, drawings, paths, world, show=None if flags.json else _print_path)
     if not world.leads:
@@ -174,7 +178,7 @@ def rerun(args: list[str]) -> int:
     record = read_record(flags.image)
     drawing = drawing_of(record, flags.image)
     check_writable(out)
-    system = _load(flags.system, flags.device, flags.adapter, flags.adapter_scale)
+    system = _load(flags.system, flags.device, flags)
     _compare_systems(flags.image, record.get("system"), system)
     with _progress(drawing.steps) as observe:
         image = drawing.draw(system, observe)
@@ -209,12 +213,13 @@ def reconstruct(args: list[str]) -> int:
     return 0
 
 
-def _load(
-    path: Path | None, device: str | torch.device, adapter: Path | None = None, scale: float = 1.0
-) -> System:
-    from sfumato.api import load
+def _load(path: Path | None, device: str | torch.device, flags: Generate | Rerun | None = None) -> System:
+    from sfumato.api import guided, load
 
-    return load(path, device=device, adapter=adapter, adapter_scale=scale)
+    if flags is None:
+        return load(path, device=device)
+    system = load(path, device=device, adapter=flags.adapter, adapter_scale=flags.adapter_scale)
+    return guided(system, *flags.guide, device=device) if flags.guide else system
 
 
 def _print_path(path: Path) -> None:
@@ -238,6 +243,7 @@ def _drawings(
         Drawing(
             prompt=flags.prompt,
             negative=flags.negative,
+            label=flags.label,
             seed=seed,
             size=final,
             options=options,

@@ -14,7 +14,7 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import NoiseSchedule
 
-__all__ = ["Inpaint", "LowRes", "shrink_mask"]
+__all__ = ["Inpaint", "LowRes", "fitted", "shrink_mask"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class LowRes:
         factor: enlargement.
         mode: interpolation.
         schedule, aug: time at which the picture is noised, on this schedule; None = not at all.
+        rounded: to the 256 values of a picture file first, as GLIDE hands it on.
     """
 
     factor: int = 4
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: NoiseSchedule | None = None
     aug: float | None = None
+    rounded: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields concat (n, 3, factor h, factor w) and, with augmentation, aug.
@@ -45,9 +47,10 @@ class LowRes:
             raise ValueError(
                 "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
             )
-        picture = F.interpolate(
-            inputs.low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False
-        )
+        low_res = inputs.low_res
+        if self.rounded:
+            low_res = ((low_res + 1) * 127.5).round() / 127.5 - 1
+        picture = F.interpolate(low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False)
         if self.schedule is None or self.aug is None:
             return Conditioning(concat=picture)
         if noise is None:
@@ -68,25 +71,40 @@ class Inpaint:
     Attributes:
         encode: picture (n, 3, H, W) -> what the network works on, (n, C, h, w).
         mask_first: mask before picture (Stable Diffusion) or after it (GLIDE).
+        marks_known: the mask is 1 where the picture is known, and without a picture nothing is (GLIDE).
     """
 
     encode: Callable[[Tensor], Tensor]
     mask_first: bool = True
+    marks_known: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Field concat (n, C + 1, h, w).
 
-        Raises: ValueError without a picture or a mask.
+        Raises: ValueError without a picture or a mask, unless nothing may be known.
         """
-        if inputs.image is None or inputs.mask is None:
+        image, hole = inputs.image, inputs.mask
+        if (image is None or hole is None) and self.marks_known and inputs.size is not None:
+            image, hole = torch.zeros(inputs.n, 3, *inputs.size), torch.ones(inputs.n, 1, *inputs.size)
+        if image is None or hole is None:
             raise ValueError("this system fills holes in a picture: give an image and a mask (1 = repaint)")
-        known = self.encode(inputs.image * (1 - inputs.mask))
-        mask = shrink_mask(inputs.mask, (known.shape[-2], known.shape[-1])).to(known)
+        if inputs.size is not None:
+            image, hole = fitted(image, inputs.size), shrink_mask(hole, inputs.size)
+        known = self.encode(image * (1 - hole))
+        mask = shrink_mask(hole, (known.shape[-2], known.shape[-1])).to(known)
+        mask = 1 - mask if self.marks_known else mask
         return Conditioning(concat=torch.cat([mask, known] if self.mask_first else [known, mask], dim=1))
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """`cond` itself: the picture is never dropped."""
         return cond
+
+
+def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, C, H, W) at another size; itself if it has that size already."""
+    if image.shape[-2:] == torch.Size(size):
+        return image
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

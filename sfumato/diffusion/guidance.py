@@ -8,7 +8,7 @@ published rule for any parameterization.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "Embedded",
     "Guidance",
     "GuidanceConfig",
+    "Guided",
     "InstructPix2Pix",
     "noise_fraction",
 ]
@@ -79,6 +80,12 @@ class CFG:
         """See Guidance."""
         if self.scale == 1:
             return _conditional(denoiser, cond)
+        told, left = dict(cond.items()), dict(null.items())
+        if told and all(left.get(name) is v for name, v in told.items()):
+            raise ValueError(
+                f"classifier-free guidance {self.scale:g} needs something to leave out, and this network is "
+                "told nothing that it can do without; set guidance 1, or guide it by a classifier"
+            )
         both = denoiser.prepare(Conditioning.cat([cond, null]))
         alone = both.map(lambda v: v[: len(v) // 2])
 
@@ -197,7 +204,32 @@ class AutoGuidance:
         return guided
 
 
-GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Guided:
+    """By the classifier or CLIP of the stage: scale * grad log p(y | x_t), see `score.ScoreGuidance`.
+
+    It says how strongly; the stage puts its guide in. Dhariwal & Nichol 2021 (arXiv:2105.05233).
+
+    Attributes:
+        scale: 0 = off.
+        inner: guidance of the denoiser itself.
+    """
+
+    scale: float = 1.0
+    inner: CFG = field(default_factory=CFG)
+    kind: Literal["guide"] = "guide"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """Raises: ValueError, for this is called where there is no guide."""
+        raise ValueError(
+            "this stage has no classifier or CLIP that could guide it; load the system with guide=..."
+        )
+
+
+GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix | Guided, Field(discriminator="kind")]
 """The guidances that hold numbers only and therefore serialize to JSON."""
 
 

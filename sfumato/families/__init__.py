@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+    adm,
+    ddpm,
     dit,
+    glide,
     latent,
+    pixel,
     scenes,
     sdxl,
     stable,

@@ -18,6 +18,7 @@ __all__ = ["Sampling", "ddim_config", "sampling_of"]
 
 FORMULAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+VARIANCES = {"fixed_small": "small", "fixed_large": "large"}
 SAMPLERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -79,18 +80,22 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
         knobs["drop_last"] = True
     if sampler in CLEAN_END and not config.get("set_alpha_to_one", True):
         knobs["clean_end"] = False
+    variance = str(config.get("variance_type", "fixed_small")).removesuffix("_log")
+    if sampler == "ddpm" and variance != "learned_range":
+        variance = _known("variance_type", VARIANCES, variance)
     clips = sampler in CLIPPING and config.get("clip_sample", sampler != "lcm")
     return Sampling(
         schedule,
         _known("prediction_type", PREDICTIONS, config.get("prediction_type", "epsilon")),
         SampleOptions(
             sampler=sampler,
+            knobs={"variance": "large"} if sampler == "ddpm" and variance == "large" else {},
             steps=steps,
             spacing=str(spacing),
             spacing_knobs=knobs,
             guidance=guidance,
             start=FromNoise("sigma" if sampler in KARRAS and spacing != "leading" else "unit"),
-            threshold=Static(float(config.get("clip_sample_range", 1.0))) if clips else None,
+            threshold=Static(float(config.get("clip_sample_range", 1.0)), keep_eps=True) if clips else None,
         ),
     )
 

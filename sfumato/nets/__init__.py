@@ -65,6 +65,8 @@ NETS = NetTable(
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
+        "noised_text": ("noised_clip", "NoisedTextConfig", "NoisedText"),
+        "noised_vision": ("noised_clip", "NoisedVisionConfig", "NoisedVision"),
         "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),

@@ -116,11 +116,12 @@ class LabelConfig:
 
     num_classes: int
     names: tuple[str, ...] = ()
+    null: bool = True
     kind: Literal["label"] = "label"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LabelCond(self.num_classes)
+        return LabelCond(self.num_classes, self.null)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +132,12 @@ class LowResConfig:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: ScheduleConfig | None = None
     aug: float | None = None
+    rounded: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug)
+        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.rounded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +145,12 @@ class InpaintConfig:
     """See conditioners.image.Inpaint."""
 
     mask_first: bool = True
+    marks_known: bool = False
     kind: Literal["inpaint"] = "inpaint"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return Inpaint(codec.encode, self.mask_first)
+        return Inpaint(codec.encode, self.mask_first, self.marks_known)
 
 
 ConditionerConfig = Annotated[

@@ -15,6 +15,7 @@ from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.systems.codec import Codec, Embeddings, Latents, Pixels
 from sfumato.systems.conditioning import ConditionerConfig, part_of
+from sfumato.systems.guides import GuideConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Emits, Stage
 
@@ -110,6 +111,7 @@ class StageConfig:
     Attributes:
         parameterization: a name in PARAMETERIZATIONS.
         conditioners: their fields are merged.
+        guide: what guidance of kind "guide" goes by.
     """
 
     name: str = "base"
@@ -122,6 +124,7 @@ class StageConfig:
     shape: tuple[int, ...]
     emits: Emits = "image"
     defaults: SampleOptions = field(default_factory=SampleOptions)
+    guide: GuideConfig | None = None
 
     def __post_init__(self) -> None:
         PARAMETERIZATIONS[self.parameterization]
@@ -143,6 +146,7 @@ class StageConfig:
             shape=self.shape,
             emits=self.emits,
             defaults=self.defaults,
+            guide=None if self.guide is None else self.guide.build(parts, self.shape, self.conditioners),
         )
 
 

@@ -51,7 +51,7 @@ class SampleOptions:
     spacing_knobs: Mapping[str, Knob] = field(default_factory=dict)
     window: tuple[float, float] = (0.0, 1.0)
     guidance: Guidance = CFG()
-    threshold: ThresholdConfig | None = None
+    threshold: ThresholdConfig = None
     start: Start = FromNoise()
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs, Reading
-from sfumato.diffusion.guidance import CFG, Embedded, Guidance, InstructPix2Pix
+from sfumato.diffusion.guidance import CFG, Embedded, Guidance, Guided, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
 from sfumato.systems.start import FromImage, FromNoise, Start
 
@@ -34,7 +34,7 @@ class Request(TypedDict, total=False):
     negative: Texts
     """What to keep away from: one for all, or one per prompt."""
     label: Sequence[int | str]
-    """Classes by number or name, for class-conditional systems, in place of prompts."""
+    """Classes by number or name, for class-conditional systems and guides, in place of prompts."""
     size: int | Size
     """Side of a square, or (height, width), in pixels."""
     original_size: Size
@@ -137,6 +137,9 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
+    knobs = defaults.spacing_knobs
+    if "steps" in given and "sections" in knobs and not given.keys() & {"spacing", "spacing_knobs"}:
+        given["spacing_knobs"] = {name: v for name, v in knobs.items() if name != "sections"}
     if "image" in request and "start" not in given and isinstance(defaults.start, FromNoise):
         given["start"] = FromImage()
     return replace(defaults, **given) if given else defaults
@@ -164,7 +167,8 @@ def _guidance(default: Guidance, asked: object) -> object:
         return asked
     if isinstance(default, InstructPix2Pix):
         return replace(default, text=float(asked))
-    return replace(default, scale=float(asked)) if isinstance(default, CFG | Embedded) else CFG(float(asked))
+    kinds = CFG | Embedded | Guided
+    return replace(default, scale=float(asked)) if isinstance(default, kinds) else CFG(float(asked))
 
 
 def _each(values: Sequence[str], n: int) -> list[str]:

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner, Unconditional
+from sfumato.conditioners.image import fitted
 from sfumato.core.random import Noise
 from sfumato.core.types import Denoised, Inputs
 from sfumato.diffusion.constraints import constrained
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.guidance import Guidance, Guided
 from sfumato.diffusion.sampling import Run, integrate
+from sfumato.diffusion.score import ScoreGuidance
 from sfumato.systems.codec import Codec, Pixels
+from sfumato.systems.guides import Guide
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.start import Beginning, FromImage, Place, fitted
+from sfumato.systems.start import Beginning, Fill, FromImage, Place
 
 __all__ = ["Emits", "Observer", "Progress", "Stage"]
 
@@ -54,6 +58,7 @@ class Stage:
         shape: of one sample as the denoiser sees it, (C, h, w) or (D,); `Inputs.size` changes h and w.
         emits: the field of Inputs that the result goes to: "image" is handed on as `low_res`.
         defaults: how it is sampled if the caller does not say.
+        guide: what guidance of kind "guide" goes by.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Stage:
     codec: Codec = field(default_factory=Pixels)
     emits: Emits = "image"
     defaults: SampleOptions = field(default_factory=SampleOptions)
+    guide: Guide | None = None
 
     @property
     def factor(self) -> int:
@@ -114,17 +120,26 @@ class Stage:
         Raises: ValueError for inputs or options that do not fit; Cancelled if `observe` raises it.
         """
         shape = self.shape_for(inputs.size)
-        inputs = _moved(inputs, self.device)
+        inputs = _moved(replace(inputs, size=inputs.size or self.pixels), self.device)
+        guidance = self._guidance(inputs, shape, options)
         with torch.no_grad(), self._precision():
             cond = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).to(self.device)
             null = self.conditioner.null(inputs, cond).to(self.device)
             like = torch.zeros(inputs.n, *shape, device=self.device)
             place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
             beginning = options.start.begin(inputs, place)
-            denoise = options.guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
-            denoise = constrained(denoise, threshold=options.threshold)
+            denoise = guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
+            denoise = constrained(denoise, known=beginning.known, threshold=options.threshold)
             x = self._walk(denoise, beginning, options, noise, observe)
             return self._result(inputs, x, options)
+
+    def _guidance(self, inputs: Inputs, shape: tuple[int, ...], options: SampleOptions) -> Guidance:
+        asked = options.guidance
+        if not isinstance(asked, Guided):
+            return asked
+        if self.guide is None or asked.scale == 0:
+            return asked if asked.scale else asked.inner
+        return ScoreGuidance(self.guide(inputs, shape), asked.scale, asked.inner)
 
     def _walk(
         self,
@@ -149,7 +164,11 @@ class Stage:
         if self.emits == "image_embed":
             return replace(inputs, image_embed=self.codec.decode(x), latent=None)
         picture = self.codec.decode(x).float().clamp(-1, 1)
-        if isinstance(options.start, FromImage) and inputs.image is not None and inputs.mask is not None:
+        if (
+            isinstance(options.start, FromImage | Fill)
+            and inputs.image is not None
+            and inputs.mask is not None
+        ):
             # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
             size = (picture.shape[-2], picture.shape[-1])
             mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")

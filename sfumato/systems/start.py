@@ -6,19 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from sfumato.conditioners.image import shrink_mask
+from sfumato.conditioners.image import fitted, shrink_mask
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs, expand
 from sfumato.diffusion.constraints import Known, projection
 from sfumato.diffusion.grid import Grid, repaint
 from sfumato.systems.codec import Codec
 
-__all__ = ["Beginning", "Continue", "FromImage", "FromNoise", "Place", "Start"]
+__all__ = ["Beginning", "Continue", "Fill", "FromImage", "FromNoise", "Place", "Start"]
 
 
 class Place(NamedTuple):
@@ -36,11 +34,12 @@ class Place(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """The sample at level 0 of `grid`, and what to do with it after each step."""
+    """The sample at level 0 of `grid`, what to do with it after each step, and what is known of its x0."""
 
     x: Tensor
     grid: Grid
     project: Callable[[Tensor, int], Tensor] | None = None
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,37 @@ class FromImage:
                 f"strength {inputs.strength:g} is outside (0, 1]; 1 = repaint all, 0.5 = half of the walk"
             )
         grid = place.grid.window(1 - inputs.strength, 1) if inputs.strength < 1 else place.grid
-        height, width = (side * place.codec.factor for side in place.like.shape[-2:])
-        z = place.codec.encode(fitted(inputs.image.to(place.like), (height, width))).to(place.like)
+        z = _encoded(inputs.image, place)
         level = grid.level(0)
         x = expand(level.alpha, z) * z + expand(level.sigma, z) * place.noise(z)
         if inputs.mask is None:
             return Beginning(x, grid)
         if self.resamples > 1:
             grid = repaint(grid, self.jump_length, self.resamples)
-        keep = 1 - shrink_mask(inputs.mask.to(z), (z.shape[-2], z.shape[-1]))
         # Its own stream: how often the known part is noised must not shift what the sampler draws.
-        return Beginning(x, grid, projection(Known(z, keep), grid, place.noise.fork("known")))
+        return Beginning(x, grid, projection(_known(z, inputs.mask), grid, place.noise.fork("known")))
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Pure noise, with `inputs.image` put into the x0 of every step where `inputs.mask` keeps it.
+
+    For nets that were trained to fill holes (Nichol et al. 2021, arXiv:2112.10741); without a picture and a
+    mask it is FromNoise.
+
+    Attributes:
+        temperature: as of FromNoise.
+    """
+
+    temperature: float = 1.0
+    kind: Literal["fill"] = "fill"
+
+    def begin(self, inputs: Inputs, place: Place) -> Beginning:
+        """Noise of the seeds, and what is known."""
+        beginning = FromNoise(temperature=self.temperature).begin(inputs, place)
+        if inputs.image is None or inputs.mask is None:
+            return beginning
+        return beginning._replace(known=_known(_encoded(inputs.image, place), inputs.mask))
 
 
 @dataclass(frozen=True)
@@ -122,11 +141,13 @@ class Continue:
         return Beginning(inputs.latent.to(place.like), place.grid)
 
 
-Start = Annotated[FromNoise | FromImage | Continue, Field(discriminator="kind")]
+Start = Annotated[FromNoise | FromImage | Fill | Continue, Field(discriminator="kind")]
 
 
-def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, C, H, W) at another size; itself if it has that size already."""
-    if image.shape[-2:] == torch.Size(size):
-        return image
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+def _encoded(image: Tensor, place: Place) -> Tensor:
+    height, width = (side * place.codec.factor for side in place.like.shape[-2:])
+    return place.codec.encode(fitted(image.to(place.like), (height, width))).to(place.like)
+
+
+def _known(z: Tensor, mask: Tensor) -> Known:
+    return Known(z, 1 - shrink_mask(mask.to(z), (z.shape[-2], z.shape[-1])))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
-from sfumato.text.tokenizers import Tokenizer
+from sfumato.text.tokenizers import Tokenizer, packages, unpacked
 
-__all__ = ["END", "clip_files", "clip_tokenizer", "installed"]
+__all__ = ["END", "clip_files", "clip_tokenizer", "clip_vocabulary"]
 
 LONGEST = 2**16  # ids per text that a file may mean
-PUBLISHED, MERGES = "bpe_simple_vocab_16e6.txt.gz", 48_894  # of OpenAI's release, and how many it uses
+PUBLISHED, MERGES = "bpe_simple_vocab_16e6.txt", 48_894  # of OpenAI's release, and how many it uses
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Of the published code: specials, English endings, runs of letters, single digits, runs of anything else.
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
@@ -27,7 +26,7 @@ def clip_tokenizer(folder: Path, pad: str = "", context: int | None = None) -> T
     """CLIP's tokenizer: from start to end token, filled up; longer texts are cut before the end token.
 
     Args:
-        folder: holds tokenizer.json, or vocab.json and merges.txt; or OpenAI's file itself.
+        folder: holds tokenizer.json, or vocab.json and merges.txt, or OpenAI's file of merges.
         pad, context: what fills short texts, and ids per text; by default as the files say, or else the end
             token and 77.
 
@@ -96,34 +95,33 @@ def _padded(folder: Path, context: int, pad: str) -> Engine:
 def _engine(folder: Path) -> Engine:
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
-        if folder.is_file():
-            return _of_merges(*_published(folder))
         if whole.is_file():
             return Engine.from_file(str(whole))
         if vocabulary.is_file() and merges.is_file():
             return _of_merges(*models.BPE.read_file(str(vocabulary), str(merges)))
+        if (published := unpacked(folder / PUBLISHED)) is not None:
+            return _of_merges(*_published(published))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
         ) from None
     raise ValueError(
-        f"{folder} holds no CLIP vocabulary: no tokenizer.json, and not vocab.json with merges.txt"
+        f"{folder} holds no CLIP vocabulary: no tokenizer.json, no {PUBLISHED}.gz, and not vocab.json with "
+        "merges.txt"
     )
 
 
-def installed() -> Path | None:
-    """The vocabulary that the packages open_clip and clip carry; neither is imported."""
-    for package in ("open_clip", "clip"):
-        found = importlib.util.find_spec(package)
-        for place in (found and found.submodule_search_locations) or ():
-            if (Path(place) / PUBLISHED).is_file():
-                return Path(place) / PUBLISHED
+def clip_vocabulary(places: Sequence[Path]) -> Path | None:
+    """The first of the folders that has CLIP's vocabulary, or the folder of an installed package."""
+    for place in (*places, *packages({"open_clip": "", "clip": ""})):
+        if (place / "merges.txt").is_file() or unpacked(place / PUBLISHED) is not None:
+            return place
     return None
 
 
-def _published(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _published(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Tokens and merges of OpenAI's file: a line that is none, then a merge a line, more than are used."""
-    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : 1 + MERGES]
+    lines = text.split("\n")[1 : 1 + MERGES]
     merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines) if second]
     # Printable bytes stand for themselves; the others for letters from 256 on, in order.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gzip
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "packages", "unpacked"]
 
 PAD, START, END, UNKNOWN = "[PAD]", "[START]", "[END]", "[UNK]"
 
@@ -56,7 +59,12 @@ class Tokenizer:
         ]
 
     def unknown(self, text: str) -> list[str]:
-        """The words of `text` that training never saw whole, so that they are spelled in pieces."""
+        """The words of `text` that training never saw whole, so that they are spelled in pieces.
+
+        Of a vocabulary that was learned elsewhere, which spells many words, this says nothing.
+        """
+        if not isinstance(self._engine.pre_tokenizer, pre_tokenizers.Metaspace):
+            return []
         words = [
             w
             for w, _ in self._engine.pre_tokenizer.pre_tokenize_str(
@@ -104,3 +112,19 @@ class Tokenizer:
 
 
 SPACE = "\u2581"  # the mark that Metaspace puts in front of a word
+
+
+def packages(folders: Mapping[str, str]) -> Iterator[Path]:
+    """Folders within those packages that are installed; their vocabularies are read, nothing is imported."""
+    for name, folder in folders.items():
+        spec = find_spec(name)
+        for place in (spec.submodule_search_locations if spec else None) or ():
+            yield Path(place) / folder
+
+
+def unpacked(path: Path) -> str | None:
+    """The text of a file, or of the same file with .gz behind its name; None if there is neither."""
+    zipped = path.with_name(f"{path.name}.gz")
+    if path.is_file():
+        return path.read_text("utf-8")
+    return gzip.decompress(zipped.read_bytes()).decode("utf-8") if zipped.is_file() else None

@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer as Oracle
 
 from sfumato.core.types import Reading
-from sfumato.text.clip import clip_tokenizer, installed
+from sfumato.text.clip import clip_tokenizer, clip_vocabulary
 from sfumato.text.prompts import prompt_rows, weighted
 from sfumato.text.tokenizers import Tokenizer
 
@@ -112,8 +112,8 @@ def test_a_thousand_prompts_are_those_of_transformers(folder: Path, monkeypatch:
     whole = oracle(texts)["input_ids"]
     assert [bool(row.rest) for row in rows] == [len(row) > 77 for row in whole]
     monkeypatch.syspath_prepend(str(folder))
-    place = installed()
-    assert place == folder / "open_clip/bpe_simple_vocab_16e6.txt.gz"
+    place = clip_vocabulary([folder / "none"])
+    assert place == folder / "open_clip"
     assert clip_tokenizer(place)(texts)[0].tolist() == expected
 
 

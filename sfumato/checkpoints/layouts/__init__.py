@@ -10,7 +10,9 @@ from sfumato.checkpoints.layouts import (
     dit,
     edm2,
     glide,
+    glide_clip,
     stable_file,
+    unet2d,
     unet_diffusers,
 )
 from sfumato.checkpoints.layouts.layout import LAYOUTS
@@ -24,6 +26,8 @@ __all__ = [
     "dit",
     "edm2",
     "glide",
+    "glide_clip",
     "stable_file",
+    "unet2d",
     "unet_diffusers",
 ]

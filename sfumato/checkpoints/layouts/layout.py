@@ -84,6 +84,7 @@ class Layout:
         pads: name of a tokenizer -> what fills its short texts, where the file has text towers of CLIP; their
             vocabulary lies beside it.
         markers: names of tensors that say something of the denoiser -> that setting.
+        vocabulary: "gpt2" or "clip" if it is of one of these, in a length that the tower tells.
     """
 
     parts: tuple[Part[Any], ...]
@@ -94,6 +95,7 @@ class Layout:
     files: Mapping[str, Settings] = field(default_factory=dict)
     pads: Mapping[str, str] = field(default_factory=dict)
     markers: Mapping[str, Settings] = field(default_factory=dict)
+    vocabulary: Literal["", "clip", "gpt2"] = ""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""

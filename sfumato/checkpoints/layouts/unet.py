@@ -15,6 +15,12 @@ from sfumato.nets.unet import LevelConfig, UNetConfig
 __all__ = ["Dialect", "Stack", "attentions", "config_of", "names_of", "stack_of", "supported"]
 
 Rows = list[tuple[str, str, LeafTable]]
+SELF: LeafTable = {
+    "group_norm": "norm",
+    **{f"to_{name}": f"attention.{name}" for name in ("q", "k", "v")},
+    "to_out.0": "attention.out",
+}
+"""Attention of pixels among themselves in diffusers' names."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,9 @@ def _block(
     d: Dialect, theirs: Sequence[str], ours: str, skip: bool, attention: AttentionConfig | None
 ) -> Rows:
     rows: Rows = [(theirs[0], f"{ours}.res", {**d.block, d.skip: "skip"} if skip else d.block)]
-    if attention is not None:
+    if attention is not None and attention.kind == "self":
+        rows.append((theirs[1], f"{ours}.attention", SELF))
+    elif attention is not None:
         around = squeezed(2, 3) if attention.conv_proj else None
         projections: LeafTable = {n: Leaf(n, around) if around else n for n in ("proj_in", "proj_out")}
         rows.append((theirs[1], f"{ours}.attention", {"norm": "norm", **projections}))
@@ -135,12 +143,14 @@ def stack_of(shapes: Shapes, d: Dialect) -> Stack:
         i, j = len(widths), 0
         first, attention, _ = (place.format(i=i, j=0, n=n) for place in d.down)
         widths.append(shape_of(shapes, f"{first}.{conv1}.weight", 4)[0])
-        places.append(attention if f"{attention}.proj_in.weight" in shapes else "")
+        marks = (f"{attention}.{layer}.weight" for layer in ("proj_in", "group_norm"))
+        places.append(attention if any(mark in shapes for mark in marks) else "")
         while f"{d.down[0].format(i=i, j=j, n=n)}.{conv1}.weight" in shapes:
             j, n = j + 1, n + 1
         blocks.append(j)
         if f"{d.down[2].format(i=i, n=n)}.weight" not in shapes:
-            return Stack(tuple(widths), tuple(blocks), (*places, d.middle[1]))
+            middle = d.middle[1] if any(name.startswith(f"{d.middle[1]}.") for name in shapes) else ""
+            return Stack(tuple(widths), tuple(blocks), (*places, middle))
         n += 1
 
 

@@ -21,7 +21,7 @@ from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.embedding import EmbedderConfig, Feature
 from sfumato.nets.unet import UNet, UNetConfig
 
-__all__: list[str] = []  # everything is reached through LAYOUTS
+__all__ = ["DIALECT"]  # all else is reached through LAYOUTS
 
 CLASS = "UNet2DConditionModel"
 # Arguments whose one value the nets of this family have; another is refused.

@@ -23,7 +23,7 @@ from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.text import TextTransformer
 from sfumato.nets.unet import UNetConfig
-from sfumato.systems.conditioning import ConditionerConfig, LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import ConditionerConfig, InpaintConfig, LabelConfig, TokenTextConfig
 from sfumato.systems.config import StageConfig, SystemConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System, assemble
@@ -144,6 +144,7 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.holes = config.holes
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -177,7 +178,7 @@ def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
     kind = next(kind for kind in NETS.values() if kind.config is type(config.net))
     net: nn.Module = kind.net(config.net)
     if base is not None:
-        take_over(net, base.net, base, "task.net", partial=config.partial)
+        take_over(net, base.net, base, "task.net", partial=config.partial, widened=config.holes)
     return net
 
 
@@ -203,6 +204,12 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
     if built.num_classes is not None:
         names = classes if len(classes) == built.num_classes else ()
         conditioners.append(LabelConfig(num_classes=built.num_classes, names=names))
+    if config.holes:
+        if source.codec.kind != "pixels":
+            raise ValueError(
+                f"task.holes is about pictures, and {source.codec.kind} are denoised; set it False"
+            )
+        conditioners.append(InpaintConfig(mask_first=False, marks_known=True))
     return StageConfig(
         schedule=config.schedule,
         parameterization=config.prediction,
@@ -266,16 +273,18 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
     channels = stage.shape[0]
     wanted = channels * (2 if stage.denoiser.learned_var else 1)
     shape = getattr(stage.denoiser.net, "config", None)
-    found = getattr(shape, "in_channels", channels), getattr(shape, "out_channels", wanted)
-    if found != (channels, wanted):
+    read = 2 * channels + 1 if config.holes else channels
+    found = getattr(shape, "in_channels", read), getattr(shape, "out_channels", wanted)
+    if found != (read, wanted):
         raise ValueError(
             f"the net has in_channels {found[0]} and out_channels {found[1]}, but what it denoises has "
-            f"{channels} channels; set task.net.in_channels {channels} and task.net.out_channels {wanted}"
+            f"{channels} channels; set task.net.in_channels {read} and task.net.out_channels {wanted}"
         )
     # One sample through all of it, with times that do not learn from it.
     objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        cond = stage.conditioner(Inputs(n=1, text=("",))).to(stage.device)
+        inputs = Inputs(n=1, text=("",), size=stage.pixels)
+        cond = stage.conditioner(inputs).to(stage.device)
         try:
             objective(stage.denoiser, x0, cond, Noise([0]))
         except RuntimeError as error:

@@ -29,8 +29,9 @@ from sfumato.systems.stage import Stage
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Denoising", "DenoisingConfig"]
+__all__ = ["Denoising", "DenoisingConfig", "holes_in"]
 
+EVERYTHING = 0.25  # share of the holes that are the whole picture
 Posterior = Literal["sample", "mean"]
 
 
@@ -60,6 +61,8 @@ class DenoisingConfig:
         uncertainty: number of features of a learned log-variance of the loss, see `weights.Uncertainty`;
             None = none.
         dropout: share of captions and labels that are replaced by null ones, for classifier-free guidance.
+        holes: train the net to fill holes too, for which it reads a masked picture and its mask: 2 C + 1
+            channels. Those that `init` lacks begin at zero. Pictures only.
         sampling: how previews and the finished system sample unless told otherwise.
         prompts: of the preview; picture i has seed i. Empty = captions of the data.
         init: folder of a system, or of a run that made one, whose training is taken up: net, text tower,
@@ -85,6 +88,7 @@ class DenoisingConfig:
     objective: Objective = field(default_factory=Objective)
     uncertainty: int | None = None
     dropout: float = 0.1
+    holes: bool = False
     sampling: SampleOptions = field(default_factory=SampleOptions)
     prompts: tuple[str, ...] = ()
     init: Path | None = None
@@ -158,9 +162,11 @@ class Denoising:
     Attributes:
         embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
             the job, for the validation of the run.
+        holes: whether every picture comes with a hole to be filled; set by the job.
     """
 
     embed: Callable[[Tensor], Tensor] | None = None
+    holes = False
 
     def __init__(
         self,
@@ -192,7 +198,8 @@ class Denoising:
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
         x0 = self.clean(batch, noise)
-        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels)
+        image, mask = (x0, holes_in(x0, noise)) if self.holes else (None, None)
+        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, image=image, mask=mask)
         cond = self.conditioner(inputs, noise).to(x0.device)
         keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
         null = self.conditioner.null(inputs, cond).to(x0.device)
@@ -216,3 +223,15 @@ class Denoising:
     def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
         """Pictures for the prompts by the averaged net and tower."""
         return self._draw(averaged)
+
+
+def holes_in(x: Tensor, noise: Noise) -> Tensor:
+    """A random box of each picture (B, C, H, W), or all of it, as a mask (B, 1, H, W), 1 = to be filled."""
+    whole, *ends = noise.uniform(torch.empty(len(x), 5)).unbind(1)
+    mask = torch.ones(len(x), 1, *x.shape[2:])
+    for side, axis in ((x.shape[2], 2), (x.shape[3], 3)):
+        low, high = (ends.pop(), ends.pop())
+        at = torch.arange(side).view(-1, *[1] * (3 - axis)) + 0.5
+        low, high = (v.view(-1, 1, 1, 1) * side for v in (torch.minimum(low, high), torch.maximum(low, high)))
+        mask = mask * ((at >= low) & (at <= high))
+    return torch.where((whole < EVERYTHING).view(-1, 1, 1, 1), torch.ones_like(mask), mask).to(x)
