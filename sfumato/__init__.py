@@ -9,17 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.api import generate, load, load_nets, save, save_nets, train
+    from sfumato.api import cascade, generate, load, load_nets, save, save_nets, train
     from sfumato.core.types import Inputs
     from sfumato.systems.system import System
 
-__all__ = ["Inputs", "System", "__version__", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = [
+    "Inputs",
+    "System",
+    "__version__",
+    "cascade",
+    "generate",
+    "load",
+    "load_nets",
+    "save",
+    "save_nets",
+    "train",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Inputs": "sfumato.core.types",
     "System": "sfumato.systems.system",
+    "cascade": "sfumato.api",
     "generate": "sfumato.api",
     "load": "sfumato.api",
     "load_nets": "sfumato.api",

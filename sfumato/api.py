@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -14,13 +15,14 @@ from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, 
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted
+from sfumato.systems.cascade import deferred, joined
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = ["BUNDLED", "cascade", "generate", "load", "load_nets", "save", "save_nets", "train"]
 
 Config = Mapping[str, object] | str | Path
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
@@ -60,6 +62,22 @@ def load(
     else:
         system = load_system(path, device=where, dtype=held)
     return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
+
+
+def cascade(
+    *systems: System | str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> System:
+    """One system of the stages of several, in order: what draws, then what enlarges.
+
+    Args:
+        systems: loaded ones, or paths. Of a path the weights are read for each run of a stage and dropped
+            after it, so that the memory is that of the largest; draw all pictures in one batch.
+        device, dtype: of the paths, as of `load`.
+
+    Raises: ValueError in one line if a stage cannot take what the one before it makes.
+    """
+    reads = [s if isinstance(s, System) else partial(load, s, device=device, dtype=dtype) for s in systems]
+    return joined([s if isinstance(s, System) else deferred(s) for s in reads])
 
 
 def load_nets(

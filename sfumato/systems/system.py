@@ -210,8 +210,10 @@ def save_system(system: System, path: str | Path, *, dtype: torch.dtype | None =
         dtype: of the stored weights; None = as they are.
 
     Returns: the fingerprint of the checkpoint.
-    Raises: ValueError in one line if the folder cannot be written.
+    Raises: ValueError in one line if the folder cannot be written, or the weights are not in memory.
     """
+    if any(v.is_meta for net in system.parts.nets.values() for v in net.parameters()):
+        raise ValueError("this cascade reads its weights from other folders by turns; load them to save it")
     card = system.card or f"# {system.about.name}\n\n{system.about.summary}\n"
     folder = Folder(system.parts, to_json(system.config), to_json(system.about), card)
     return write_folder(path, folder, dtype=dtype)
