@@ -11,6 +11,7 @@ from sfumato.checkpoints.layouts import (
     edm2,
     glide,
     stable_file,
+    t5,
     unet_diffusers,
 )
 from sfumato.checkpoints.layouts.layout import LAYOUTS
@@ -25,5 +26,6 @@ __all__ = [
     "edm2",
     "glide",
     "stable_file",
+    "t5",
     "unet_diffusers",
 ]
