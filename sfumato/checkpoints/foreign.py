@@ -16,6 +16,7 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 from sfumato.text.clip import clip_tokenizer
+from sfumato.text.t5 import t5_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
@@ -73,13 +74,15 @@ def read_foreign(
     """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
 
     Args:
-        layout: a name in LAYOUTS; None = the first whose marks the tensors have.
+        layout: a name in LAYOUTS; None, or "diffusers" = the first whose marks the tensors have.
         config: settings of the net in the reference's own names, beyond what the file says of itself.
         dtype: in which matrix and convolution weights are held; see `floating`.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
     path = Path(path)
+    if layout == "diffusers":
+        layout = None  # which of its classes it is, the folder or the tensors say
     if layout is not None:
         LAYOUTS[layout]
     if (path / INDEX).is_file():
@@ -192,15 +195,22 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     index = read_json(path / INDEX)
     found = Foreign({}, {}, {}, {"": index})
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
+        if (
+            name.startswith("_")
+            or not isinstance(entry, list)
+            or not (path / name).is_dir()
+            or entry[0] is None
+        ):
             continue
-        if name == "scheduler":
+        if name.endswith("scheduler"):
             found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
+        elif name.startswith("tokenizer") and str(entry[1]).startswith("T5Tokenizer"):
+            found += Foreign({}, {}, {}, {}, {name: t5_tokenizer(path / name)})
         elif (layout := _of_class(str(entry[1]))) is not None:
             given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(path / name, layout, given)
+            part = _read_folder(path / name, None, given)
             found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
@@ -215,13 +225,18 @@ def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     if layout is None:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
+    state = _folder_weights(path)
+    layout = _of_class(LAYOUTS[layout].diffusers, state) or layout
     known = LAYOUTS[layout].parts[0].known
     given = {k: v for k, v in told.items() if k in known} | dict(config)
-    return _read_state(_folder_weights(path), layout, given, path)
+    return _read_state(state, layout, given, path)
 
 
-def _of_class(name: str) -> str | None:
-    return next((layout for layout, kind in LAYOUTS.items() if kind.diffusers == name), None)
+def _of_class(name: str, state: Mapping[str, Tensor] | None = None) -> str | None:
+    """A layout of a class that folders name; of several the one that the tensors have."""
+    kinds = [layout for layout, kind in LAYOUTS.items() if kind.diffusers == name]
+    shapes = {n: tuple(v.shape) for n, v in (state or {}).items()}
+    return next((kind for kind in kinds if LAYOUTS[kind].fits(shapes)), kinds[0] if kinds else None)
 
 
 def _folder_weights(path: Path) -> dict[str, Tensor]:

@@ -56,10 +56,10 @@ class T5Encoder(nn.Module):
         nn.init.normal_(self.distances.weight, std=c.width**-0.5)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) int64, mask (B, L) bool -> tokens (B, L, width) and the mean of the real ones (B, width).
+        """Ids (B, L) int64 -> tokens (B, L, width) and the mean of the real ones (B, width).
 
         Args:
-            mask: True = a real token; padding is not read, and has states all the same. None = all are real.
+            mask: (B, L) bool, True = a real token; padding is not read, and has states all the same. None = all are real.
         """
         x = self.tokens(ids)
         bias = self.distances(self._buckets(ids.shape[1], ids.device)).permute(2, 0, 1)[None]
