@@ -19,7 +19,7 @@ from sfumato.text.clip import clip_tokenizer
 from sfumato.text.t5 import t5_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "read_text", "write_nets"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
@@ -102,6 +102,18 @@ def read_foreign(
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         net.eval()
     return found
+
+
+def read_text(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Foreign:
+    """The text encoder "text_encoder" and the tokenizer "tokenizer" of a pipeline, or of a folder of both.
+
+    Raises: ValueError in one line if there is no T5 encoder.
+    """
+    path = Path(path)
+    home, words = path / "text_encoder", path / "tokenizer"
+    home, words = home if home.is_dir() else path, words if words.is_dir() else path
+    found = read_foreign(home, layout="t5", device=device, dtype=dtype)
+    return found + Foreign({}, {}, {}, {}, {"tokenizer": t5_tokenizer(words)})
 
 
 def write_nets(

@@ -59,7 +59,8 @@ class T5Encoder(nn.Module):
         """Ids (B, L) int64 -> tokens (B, L, width) and the mean of the real ones (B, width).
 
         Args:
-            mask: (B, L) bool, True = a real token; padding is not read, and has states all the same. None = all are real.
+            mask: (B, L) bool, True = a real token; None = all are. Padding is not read, and has
+                states all the same.
         """
         x = self.tokens(ids)
         bias = self.distances(self._buckets(ids.shape[1], ids.device)).permute(2, 0, 1)[None]

@@ -11,7 +11,7 @@ from torch import nn
 
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner, Merged
-from sfumato.conditioners.image import Inpaint, LowRes
+from sfumato.conditioners.image import Inpaint, enlarging
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.systems.codec import Pixels
@@ -20,7 +20,7 @@ from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Observer, Stage
 from sfumato.systems.system import System
 
-__all__ = ["check_order", "deferred", "enlarging", "joined"]
+__all__ = ["check_order", "deferred", "joined"]
 
 NAMING = ("net", "encoder", "autoencoder", "classifier")  # fields of settings that name a network
 
@@ -107,11 +107,6 @@ def check_order(stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"{join}: it reads a picture of {room - taken} channels and is given one of {before.shape[0]}"
             )
-
-
-def enlarging(conditioner: Conditioner) -> LowRes | None:
-    """What reads the low-resolution picture, if anything does."""
-    return next((c for c in _each(conditioner) if isinstance(c, LowRes)), None)
 
 
 def _each(conditioner: Conditioner) -> tuple[Conditioner, ...]:

@@ -112,11 +112,12 @@ class LowResConfig:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: ScheduleConfig | None = None
     aug: float | None = None
+    align: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug)
+        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.align)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""DeepFloyd IF in folders of diffusers: UNet2DConditionModel that pools its text and appends it to attention."""
+"""DeepFloyd IF in folders of diffusers: the UNet2DConditionModel that pools its text."""
 
 from __future__ import annotations
 
