@@ -29,7 +29,7 @@ BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 """The system that comes with the package."""
 
 
-def load(
+def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     path: str | Path | None = None,
     *,
     layout: str | None = None,

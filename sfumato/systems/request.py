@@ -43,7 +43,7 @@ class Request(TypedDict, total=False):
     low_res: Image.Image | Tensor
     """Picture to enlarge, or (n, 3, h, w) in [-1, 1]: the first stage that runs is the one that reads it."""
     aug: float
-    """Noise on the picture to enlarge, 0 to 1, where the stage was trained to be told; its own if not given."""
+    """Noise on the picture to enlarge, 0 to 1, where the stage is told of it; else the stage's own."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
     only: Collection[str]

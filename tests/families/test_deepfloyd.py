@@ -1,15 +1,13 @@
-"""Pipelines of DeepFloyd IF: the pictures of diffusers, both stages as one cascade, files of the original code."""
+"""Pipelines of DeepFloyd IF: the pictures of diffusers, both stages as one cascade, original files."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer as Engine
 
 import sfumato
 from sfumato.core.random import Noise
@@ -22,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 WORDS = ["red", "heart", "blue", "a", "dull", "\u2581", ",", *"abcdehlrtu"]
 TEXTS, NEGATIVES, SEEDS = ["Red heart", "a heart, blue"], ["dull", "red"], [3, 4]
 UNET = {
+    "in_channels": 3,
     "out_channels": 6,
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
