@@ -20,7 +20,7 @@ __all__ = ["Inpaint", "LowRes", "checked_level", "enlarging", "shrink_mask"]
 
 @dataclass(frozen=True)
 class LowRes:
-    """The previous stage's picture, enlarged, as extra channels.
+    """The previous stage's picture, enlarged, as extra channels; or `inputs.image`, made small before.
 
     With a schedule it is noised first, and the network is told how much: cascaded diffusion's conditioning
     augmentation (Ho et al. 2021, arXiv:2106.15282). The noise is drawn once per picture, the same for cond
@@ -52,12 +52,8 @@ class LowRes:
         Raises: ValueError if there is no low-resolution picture, no noise to augment it with, or a level
             outside [0, 1].
         """
-        if inputs.low_res is None:
-            raise ValueError(
-                "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
-            )
         picture = F.interpolate(
-            inputs.low_res, scale_factor=float(self.factor), mode=self.mode, align_corners=self.align
+            self._small(inputs), scale_factor=float(self.factor), mode=self.mode, align_corners=self.align
         )
         if self.schedule is None or (self.aug is None and inputs.aug is None):
             return Conditioning(concat=picture)
@@ -66,6 +62,16 @@ class LowRes:
         level = self.schedule(self._times(inputs))
         noisy = expand(level.alpha, picture) * picture + expand(level.sigma, picture) * noise(picture)
         return Conditioning(concat=noisy, aug=level.t.to(picture.device, torch.float32))
+
+    def _small(self, inputs: Inputs) -> Tensor:
+        """The low-resolution picture; in training, that of the picture to be restored."""
+        if inputs.low_res is not None:
+            return inputs.low_res
+        if inputs.image is None:
+            raise ValueError(
+                "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
+            )
+        return F.interpolate(inputs.image, scale_factor=1 / self.factor, mode="bilinear", antialias=True)
 
     def _times(self, inputs: Inputs) -> Tensor:
         """When on the schedule each picture is noised, (n,) float64."""

@@ -20,6 +20,7 @@ class T5Config:
     """Shape of the encoder; the defaults are those of T5 v1.1 XXL, which Imagen and IF read.
 
     Args:
+        context: ids per text, where it is trained here; it reads any number.
         head_dim: width of one head; heads times it need not be the width.
         gated: a second, linear branch multiplies the activation (v1.1; Shazeer 2020, arXiv:2002.05202).
         activation: "relu" in the first T5, "gelu_tanh" in v1.1.
@@ -27,6 +28,7 @@ class T5Config:
     """
 
     vocab_size: int = 32128
+    context: int = 77
     width: int = 4096
     depth: int = 24
     heads: int = 64

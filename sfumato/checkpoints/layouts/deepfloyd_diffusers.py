@@ -173,6 +173,8 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         or c.block.resample != "residual"
         or any(a.kind != "appended" or not a.head_dim or a.norm_tokens != c.middle.norm_tokens for a in used)
         or len(pools) != 1
+        or c.block.skip_scale != 1
+        or any(level.once or not level.blocks for level in c.levels)
         or len(pools) + len(augs) != len(c.embedding.extras)
         or (c.block.norm_groups, c.block.norm_eps) != (FIXED["norm_num_groups"], FIXED["norm_eps"])
     ):

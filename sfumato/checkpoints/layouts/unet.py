@@ -221,6 +221,7 @@ def supported(c: UNetConfig, reference: str) -> None:
     if (
         c.middle is None
         or kinds != {"transformer"}
+        or any(level.once or not level.blocks for level in c.levels)
         or c.block != plain
         or t != TokensConfig(dim=c.token_dim)
         or (e.time_dim, e.dim, e.cos_first, e.shift)
