@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.api import generate, guided, load, load_nets, save, save_nets, train
+    from sfumato.api import cascade, generate, guided, load, load_nets, save, save_nets, train
     from sfumato.core.types import Inputs, Reading
     from sfumato.systems.system import System
 
@@ -18,6 +18,7 @@ __all__ = [
     "Reading",
     "System",
     "__version__",
+    "cascade",
     "generate",
     "guided",
     "load",
@@ -33,6 +34,7 @@ _HOMES = {
     "Inputs": "sfumato.core.types",
     "Reading": "sfumato.core.types",
     "System": "sfumato.systems.system",
+    "cascade": "sfumato.api",
     "generate": "sfumato.api",
     "guided": "sfumato.api",
     "load": "sfumato.api",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -10,29 +11,31 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_nets
+from sfumato.checkpoints.foreign import CONFIG, INDEX, Foreign, read_foreign, read_json, read_text, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted, guided_by
+from sfumato.systems.cascade import deferred, joined
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "guided", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = ["BUNDLED", "cascade", "generate", "guided", "load", "load_nets", "save", "save_nets", "train"]
 
 Config = Mapping[str, object] | str | Path
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 """The system that comes with the package."""
 
 
-def load(
+def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     path: str | Path | None = None,
     *,
     layout: str | None = None,
     config: Config | None = None,
     vae: str | Path | None = None,
+    text: str | Path | System | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     adapter: str | Path | None = None,
@@ -43,6 +46,8 @@ def load(
     Args:
         layout, config: of a file of another program, see `load_nets`.
         vae: its first stage, if that is a file or folder of its own; without one it draws latents.
+        text: folder with the text encoder that it reads with (IF: T5) and its tokenizer, if it has none; or a
+            system, with which it then shares them.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
         adapter: adapter.safetensors of a run on this system, merged into its weights.
@@ -54,9 +59,9 @@ def load(
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
     path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
     if _foreign(path):
-        system = _load_foreign(path, layout, _settings(config), vae, where, held)
-    elif layout is not None or config is not None or vae is not None:
-        raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
+        system = _load_foreign(path, layout, _settings(config), vae, text, where, held)
+    elif layout is not None or config is not None or vae is not None or text is not None:
+        raise ValueError(f"{path} is no file of another program: leave out layout, config, vae and text")
     else:
         system = load_system(path, device=where, dtype=held)
     return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
@@ -95,6 +100,28 @@ def guided(
             nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)
     system = system if isinstance(system, System) else load(system, device=where, dtype=held)
     return guided_by(system, nets, words, scale=scale)
+
+
+def cascade(
+    *systems: System | str | Path,
+    text: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> System:
+    """One system of the stages of several, in order: what draws, then what enlarges.
+
+    Args:
+        systems: loaded ones, or paths. Of a path the weights are read for each run of a stage and dropped
+            after it, so that the memory is that of the largest; draw all pictures in one batch.
+        text, device, dtype: of the paths, as of `load`.
+
+    Raises: ValueError in one line if a stage cannot take what the one before it makes.
+    """
+    reads = [
+        s if isinstance(s, System) else partial(load, s, text=text, device=device, dtype=dtype)
+        for s in systems
+    ]
+    return joined([s if isinstance(s, System) else deferred(s) for s in reads])
 
 
 def load_nets(
@@ -175,6 +202,7 @@ def _load_foreign(
     layout: str | None,
     config: Mapping[str, object],
     vae: str | Path | None,
+    text: str | Path | System | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> System:
@@ -183,6 +211,11 @@ def _load_foreign(
     found = read_foreign(path, layout=layout, config=config, device=device, dtype=dtype)
     if vae is not None:
         found += read_foreign(vae, device=device, dtype=dtype)
+    if isinstance(text, System):
+        nets = {name: net for name, net in text.parts.nets.items() if name == "text_encoder"}
+        found += Foreign(nets, {}, {}, {}, text.parts.tokenizers)
+    elif text is not None:
+        found += read_text(text, device=device, dtype=dtype)
     return system_of(found)
 
 

@@ -19,9 +19,10 @@ from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
 from sfumato.text.clip import clip_tokenizer, clip_vocabulary
 from sfumato.text.glide import glide_tokenizer
+from sfumato.text.t5 import t5_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "read_text", "write_nets"]
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
@@ -78,13 +79,15 @@ def read_foreign(
     """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
 
     Args:
-        layout: a name in LAYOUTS; None = the first whose marks the tensors have.
+        layout: a name in LAYOUTS; None, or "diffusers" = the first whose marks the tensors have.
         config: settings of the net in the reference's own names, beyond what the file says of itself.
         dtype: in which matrix and convolution weights are held; see `floating`.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
     path = Path(path)
+    if layout == "diffusers":
+        layout = None  # which of its classes it is, the folder or the tensors say
     if layout is not None:
         LAYOUTS[layout]
     if (path / INDEX).is_file():
@@ -104,6 +107,18 @@ def read_foreign(
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         net.eval()
     return found
+
+
+def read_text(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Foreign:
+    """The text encoder "text_encoder" and the tokenizer "tokenizer" of a pipeline, or of a folder of both.
+
+    Raises: ValueError in one line if there is no T5 encoder.
+    """
+    path = Path(path)
+    home, words = path / "text_encoder", path / "tokenizer"
+    home, words = home if home.is_dir() else path, words if words.is_dir() else path
+    found = read_foreign(home, layout="t5", device=device, dtype=dtype)
+    return found + Foreign({}, {}, {}, {}, {"tokenizer": t5_tokenizer(words)})
 
 
 def write_nets(
@@ -204,17 +219,19 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     found = Foreign({}, {}, {}, {"": index})
     for name, entry in index.items():
         home = path / name if (path / name).is_dir() else path  # the oldest pipelines have no subfolders
-        if name.startswith("_") or not isinstance(entry, list):
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         if home == path and not (path / {"unet": CONFIG, "scheduler": SCHEDULER}.get(name, " ")).is_file():
             continue
-        if name == "scheduler":
+        if name.endswith("scheduler"):
             found += Foreign({}, {}, {}, {name: read_json(home / SCHEDULER)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
+        elif name.startswith("tokenizer") and str(entry[1]).startswith("T5Tokenizer"):
+            found += Foreign({}, {}, {}, {}, {name: t5_tokenizer(path / name)})
         elif (layout := _of_class(str(entry[1]))) is not None:
             given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(home, layout, given)
+            part = _read_folder(home, None, given)
             found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
@@ -229,13 +246,18 @@ def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     if layout is None:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
+    state = _folder_weights(path)
+    layout = _of_class(LAYOUTS[layout].diffusers, state) or layout
     known = LAYOUTS[layout].parts[0].known
     given = {k: v for k, v in told.items() if k in known} | dict(config)
-    return _read_state(_folder_weights(path), layout, given, path)
+    return _read_state(state, layout, given, path)
 
 
-def _of_class(name: str) -> str | None:
-    return next((layout for layout, kind in LAYOUTS.items() if kind.diffusers == name), None)
+def _of_class(name: str, state: Mapping[str, Tensor] | None = None) -> str | None:
+    """A layout of a class that folders name; of several the one that the tensors have."""
+    kinds = [layout for layout, kind in LAYOUTS.items() if kind.diffusers == name]
+    shapes = {n: tuple(v.shape) for n, v in (state or {}).items()}
+    return next((kind for kind in kinds if LAYOUTS[kind].fits(shapes)), kinds[0] if kinds else None)
 
 
 def _folder_weights(path: Path) -> dict[str, Tensor]:

@@ -10,25 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.conditioners.base import Conditioner, Merged
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
-from sfumato.diffusion.schedules import NoiseSchedule
+from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
-__all__ = ["Inpaint", "LowRes", "fitted", "shrink_mask"]
+__all__ = ["Inpaint", "LowRes", "checked_level", "enlarging", "fitted", "shrink_mask"]
 
 
 @dataclass(frozen=True)
 class LowRes:
-    """The previous stage's picture, enlarged, as extra channels.
+    """The previous stage's picture, enlarged, as extra channels; or `inputs.image`, made small before.
 
-    With `aug` > 0 it is noised first, and the network is told how much: cascaded diffusion's conditioning
+    With a schedule it is noised first, and the network is told how much: cascaded diffusion's conditioning
     augmentation (Ho et al. 2021, arXiv:2106.15282). The noise is drawn once per picture, the same for cond
     and null.
 
     Attributes:
         factor: enlargement.
         mode: interpolation.
-        schedule, aug: time at which the picture is noised, on this schedule; None = not at all.
+        schedule, aug: time at which the picture is noised, on this schedule; None = not at all. `inputs.aug`
+            is in its place, if given: 0 to 1, the share of the schedule.
+        align: enlarge from corner to corner (DeepFloyd IF), not from edge to edge.
         rounded: to the 256 values of a picture file first, as GLIDE hands it on.
     """
 
@@ -36,32 +39,74 @@ class LowRes:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: NoiseSchedule | None = None
     aug: float | None = None
+    align: bool = False
     rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and self.aug is not None:
+            low, high = self.schedule.span
+            if not low <= self.aug <= high:
+                raise ValueError(f"aug is {self.aug:g}; allowed: {low:g} to {high:g}, a time of its schedule")
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields concat (n, 3, factor h, factor w) and, with augmentation, aug.
 
-        Raises: ValueError if there is no low-resolution picture, or no noise to augment it with.
+        Raises: ValueError if there is no low-resolution picture, no noise to augment it with, or a level
+            outside [0, 1].
         """
-        if inputs.low_res is None:
-            raise ValueError(
-                "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
-            )
-        low_res = inputs.low_res
+        low_res = self._small(inputs)
         if self.rounded:
             low_res = ((low_res + 1) * 127.5).round() / 127.5 - 1
-        picture = F.interpolate(low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False)
-        if self.schedule is None or self.aug is None:
+        picture = F.interpolate(
+            low_res, scale_factor=float(self.factor), mode=self.mode, align_corners=self.align
+        )
+        if self.schedule is None or (self.aug is None and inputs.aug is None):
             return Conditioning(concat=picture)
         if noise is None:
             raise ValueError("a low-resolution picture that is augmented needs noise; pass Noise(seeds)")
-        level = self.schedule(torch.full((inputs.n,), self.aug, dtype=torch.float64))
+        level = self.schedule(self._times(inputs))
         noisy = expand(level.alpha, picture) * picture + expand(level.sigma, picture) * noise(picture)
         return Conditioning(concat=noisy, aug=level.t.to(picture.device, torch.float32))
+
+    def _small(self, inputs: Inputs) -> Tensor:
+        """The low-resolution picture; in training, that of the picture to be restored."""
+        if inputs.low_res is not None:
+            return inputs.low_res
+        if inputs.image is None:
+            raise ValueError(
+                "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
+            )
+        return F.interpolate(inputs.image, scale_factor=1 / self.factor, mode="bilinear", antialias=True)
+
+    def _times(self, inputs: Inputs) -> Tensor:
+        """When on the schedule each picture is noised, (n,) float64."""
+        if inputs.aug is None:
+            return torch.full((inputs.n,), self.aug or 0.0, dtype=torch.float64)
+        assert self.schedule is not None
+        low, high = self.schedule.span
+        level = checked_level(inputs.aug.double().cpu())
+        # Level 0.25 of 1000 discrete steps is step 250, and 1 the last one.
+        return (low + level * (high - low + isinstance(self.schedule, Discrete))).clamp_max(high)
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """`cond` itself: the picture is never dropped."""
         return cond
+
+
+def enlarging(conditioner: Conditioner) -> LowRes | None:
+    """What reads the low-resolution picture, if anything does."""
+    parts = conditioner.parts if isinstance(conditioner, Merged) else (conditioner,)
+    return next((c for c in parts if isinstance(c, LowRes)), None)
+
+
+def checked_level(aug: Tensor) -> Tensor:
+    """Levels of augmentation themselves. Raises: ValueError if one is outside [0, 1]."""
+    wrong = aug[~((aug >= 0) & (aug <= 1))]
+    if len(wrong):
+        raise ValueError(
+            f"aug is {float(wrong[0]):g}; allowed: 0, the picture as it is, to 1, noise alone; try 0.1"
+        )
+    return aug
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ class Inputs:
     hint: Tensor | None = None
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
+    aug: Tensor | None = None
+    """(n,) in [0, 1]: how much noise `low_res` gets before it is read; None = the stage's own level."""
     image_embed: Tensor | None = None
     latent: Tensor | None = None
 

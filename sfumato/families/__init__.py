@@ -5,8 +5,10 @@ from __future__ import annotations
 from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
     adm,
     ddpm,
+    deepfloyd,
     dit,
     glide,
+    imagen,
     latent,
     pixel,
     scenes,

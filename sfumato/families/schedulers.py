@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.core.registry import unknown
-from sfumato.diffusion.constraints import Static
+from sfumato.diffusion.constraints import Dynamic, Static, ThresholdConfig
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.schedules import Discrete, ScheduleConfig
 from sfumato.systems.config import StageConfig
@@ -95,9 +95,16 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
             spacing_knobs=knobs,
             guidance=guidance,
             start=FromNoise("sigma" if sampler in KARRAS and spacing != "leading" else "unit"),
-            threshold=Static(float(config.get("clip_sample_range", 1.0)), keep_eps=True) if clips else None,
+            threshold=_threshold(config, clips=bool(clips)),
         ),
     )
+
+
+def _threshold(config: Mapping[str, Any], *, clips: bool) -> ThresholdConfig | None:
+    if config.get("thresholding"):
+        ratio, most = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+        return Dynamic(float(ratio), float(most))
+    return Static(float(config.get("clip_sample_range", 1.0)), keep_eps=True) if clips else None
 
 
 def ddim_config(stage: StageConfig) -> dict[str, object]:

@@ -70,6 +70,7 @@ NETS = NetTable(
         "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),
+        "t5": ("t5", "T5Config", "T5Encoder"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
         "unet": ("unet", "UNetConfig", "UNet"),
     }

@@ -28,11 +28,23 @@ __all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LevelConfig:
-    """One resolution: width, residual blocks (one more on the way up) and the attention after each."""
+    """One resolution: width, residual blocks (one more on the way up) and the attention after each.
+
+    With 0 blocks there are none on the way up either. Such a first level makes the rest Imagen's Efficient
+    U-Net: the resolution falls before the first blocks, and rises after the last.
+
+    Args:
+        once: attention follows the last block alone (Imagen).
+    """
 
     channels: int
     blocks: int = 2
     attention: AttentionConfig | None = None
+    once: bool = False
+
+    def attends(self, left: int) -> AttentionConfig | None:
+        """The attention of a block with so many more of its level behind it."""
+        return None if self.once and left else self.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +71,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         groups = self.block.norm_groups
+        if any(level.blocks < 1 for level in self.levels[1:]):
+            raise ValueError("only the first level may have 0 blocks; give the others at least 1")
         for i, level in enumerate(self.levels):
             if level.channels % groups:
                 raise ValueError(
@@ -134,8 +148,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList()
         width = c.levels[0].channels
         for i, level in enumerate(c.levels):
-            for _ in range(level.blocks):
-                self.blocks.append(build.block(width, level.channels, level.attention))
+            for n in reversed(range(level.blocks)):
+                self.blocks.append(build.block(width, level.channels, level.attends(n)))
                 width = level.channels
             if i + 1 < len(c.levels):
                 self.blocks.append(UNetBlock(resample=build.down(width)))
@@ -174,9 +188,9 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList()
         skips, width = _skip_widths(c), c.levels[-1].channels
         for i, level in reversed(list(enumerate(c.levels))):
-            for n in reversed(range(level.blocks + 1)):
+            for n in reversed(range(level.blocks + (level.blocks > 0))):
                 up = build.up(level.channels) if i > 0 and n == 0 else None
-                self.decoder.append(build.block(width + skips.pop(), level.channels, level.attention, up))
+                self.decoder.append(build.block(width + skips.pop(), level.channels, level.attends(n), up))
                 width = level.channels
         self.norm_out = GroupNorm(c.block.norm_groups, width, eps=c.block.norm_eps)
         self.activation = ACTIVATIONS[c.block.activation]
@@ -207,9 +221,10 @@ class UNet(nn.Module):
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The ascending half: every block reads the skip of its mirror image."""
-        h = encoded.h
-        for block, skip in zip(self.decoder, reversed(encoded.skips), strict=True):
-            h = block(torch.cat([h, skip], dim=1), encoded.context)
+        h, scale = encoded.h, self.config.block.skip_scale
+        skips = encoded.skips[-len(self.decoder) :]  # a first level without blocks reads none
+        for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            h = block(torch.cat([h, skip if scale == 1 else scale * skip], dim=1), encoded.context)
         return self.conv_out(self.activation(self.norm_out(h)))
 
     def _check(self, x: Tensor, cond: Conditioning) -> None:

@@ -132,12 +132,13 @@ class LowResConfig:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: ScheduleConfig | None = None
     aug: float | None = None
+    align: bool = False
     rounded: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.rounded)
+        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.align, self.rounded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.conditioners.image import checked_level, enlarging
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs, Reading
 from sfumato.diffusion.guidance import CFG, Embedded, Guidance, Guided, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
+from sfumato.systems.stage import Stage
 from sfumato.systems.start import FromImage, FromNoise, Start
 
-__all__ = ["Request", "classes_of", "inputs_for", "options_for", "seeds_for"]
+__all__ = ["Request", "classes_of", "entered", "inputs_for", "options_for", "seeds_for"]
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -47,6 +49,10 @@ class Request(TypedDict, total=False):
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
     """White, or 1, where `image` is to be repainted."""
+    low_res: Image.Image | Tensor
+    """Picture to enlarge, or (n, 3, h, w) in [-1, 1]: the first stage that runs is the one that reads it."""
+    aug: float
+    """Noise on the picture to enlarge, 0 to 1, where the stage is told of it; else the stage's own."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
     only: Collection[str]
@@ -97,6 +103,8 @@ def inputs_for(
         image=_picture(request.get("image"), target, count * n),
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
+        low_res=_picture(request.get("low_res"), None, count * n),
+        aug=None if "aug" not in request else torch.full((count * n,), float(request["aug"])),
     )
 
 
@@ -119,6 +127,48 @@ def classes_of(labels: Sequence[int | str], names: Sequence[str]) -> list[int]:
             raise ValueError(f"label {label!r}{_advice(label, known, found)}")
         numbers += found
     return numbers
+
+
+def entered(request: Request, stages: Sequence[Stage]) -> Request:
+    """The request with the stages and the size that a picture to enlarge means; without one itself.
+
+    Raises: ValueError in one line if no stage that runs enlarges, or `aug` is of no effect or out of range.
+    """
+    asked = request.copy()
+    only, low = request.get("only"), request.get("low_res")
+    running = [s for s in stages if only is None or s.name in only]
+    reading = [s for s in running if enlarging(s.conditioner) is not None]
+    if "aug" in request:
+        checked_level(torch.tensor([float(request["aug"])]))
+        if not any(getattr(enlarging(s.conditioner), "schedule", None) for s in reading):
+            raise ValueError("aug is given, and no stage that runs is told such a level; leave it out")
+    if low is None:
+        return asked
+    if not reading or (only is not None and running[0] is not reading[0]):
+        names = ", ".join(repr(s.name) for s in running)
+        raise ValueError(f"low_res is a picture to enlarge, and {names} would begin without it; leave it out")
+    first, last = reading[0], next(s for s in reversed(stages) if s.pixels is not None)
+    factor = enlarging(first.conditioner)
+    assert factor is not None
+    assert first.pixels is not None
+    assert last.pixels is not None
+    asked["only"] = [s.name for s in running[running.index(first) :]]
+    if isinstance(low, Image.Image):
+        wanted = _size(request.get("size"))
+        if wanted is not None:  # the same part of the picture that the sides of the stages are
+            own = [
+                s * p // (q * factor.factor)
+                for s, p, q in zip(wanted, first.pixels, last.pixels, strict=True)
+            ]
+            low = center_crop(low.convert("RGB"), (own[0], own[1]))
+        asked["low_res"] = low = to_float(from_pil(low))
+    if "size" not in request:
+        sides = [
+            s * factor.factor * q // p
+            for s, p, q in zip(low.shape[-2:], first.pixels, last.pixels, strict=True)
+        ]
+        asked["size"] = sides[0], sides[1]
+    return asked
 
 
 def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:

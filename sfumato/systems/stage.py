@@ -126,6 +126,12 @@ class Stage:
             cond = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).to(self.device)
             null = self.conditioner.null(inputs, cond).to(self.device)
             like = torch.zeros(inputs.n, *shape, device=self.device)
+            if cond.concat is not None and cond.concat.shape[-2:] != like.shape[-2:]:
+                found, wanted = ("x".join(map(str, v.shape[:-3:-1])) for v in (cond.concat, like))
+                raise ValueError(
+                    f"stage {self.name!r} works on {wanted} and is given a picture that comes to {found}; "
+                    "give a low_res that fits, or its size"
+                )
             place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
             beginning = options.start.begin(inputs, place)
             denoise = guidance.bind(self.denoiser.planned(beginning.grid), cond, null)

@@ -20,7 +20,7 @@ from sfumato.core.world import ALONE, World
 from sfumato.systems.conditioning import TEXTS, LabelConfig, TokenTextConfig
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
+from sfumato.systems.request import Request, entered, inputs_for, options_for, seeds_for
 from sfumato.systems.stage import Observer, Stage
 
 __all__ = ["System", "assemble", "load_system", "save_system"]
@@ -112,6 +112,7 @@ class System:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}; allowed: a whole number of at least 1")
         options = self.resolve(**request)
+        request = entered(request, self.stages)
         inputs = self._inputs(text, request)
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
@@ -134,8 +135,9 @@ class System:
 
     def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:
         """The options of every stage that a request would run, with nothing left to defaults."""
+        self._check_names(*request.get("options", {}), *(request.get("only") or ()))
+        request = entered(request, self.stages)
         given, only = request.get("options", {}), request.get("only")
-        self._check_names(*given, *(only or ()))
         stages = [s for s in self.stages if only is None or s.name in only]
         return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
 
@@ -224,8 +226,10 @@ def save_system(system: System, path: str | Path, *, dtype: torch.dtype | None =
         dtype: of the stored weights; None = as they are.
 
     Returns: the fingerprint of the checkpoint.
-    Raises: ValueError in one line if the folder cannot be written.
+    Raises: ValueError in one line if the folder cannot be written, or the weights are not in memory.
     """
+    if any(v.is_meta for net in system.parts.nets.values() for v in net.parameters()):
+        raise ValueError("this cascade reads its weights from other folders by turns; load them to save it")
     card = system.card or f"# {system.about.name}\n\n{system.about.summary}\n"
     folder = Folder(system.parts, to_json(system.config), to_json(system.about), card)
     return write_folder(path, folder, dtype=dtype)

@@ -21,6 +21,7 @@ from sfumato.diffusion.sampling import NotFinite
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
+from sfumato.nets.t5 import T5Config, T5Encoder
 from sfumato.nets.text import TextTransformer
 from sfumato.nets.unet import UNetConfig
 from sfumato.systems.conditioning import ConditionerConfig, InpaintConfig, LabelConfig, TokenTextConfig
@@ -157,14 +158,15 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
         tokenizers["text"], nets["text"] = base.tokenizer, base.text
         if config.text is not None:
             shape = replace(config.text, vocab_size=base.text.config.vocab_size)
-            nets["text"] = TextTransformer(shape)
+            nets["text"] = T5Encoder(shape) if isinstance(shape, T5Config) else TextTransformer(shape)
             take_over(nets["text"], base.text, base, "task.text")
     elif config.text is not None:
         if base is not None:
             raise ValueError(f"{base.path} has no text tower to begin from; set task.text None")
         vocab, context = config.text.vocab_size, config.text.context
         tokenizers["text"] = Tokenizer.from_json(place.world.lead(lambda: _vocabulary(place, vocab, context)))
-        nets["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
+        shape = replace(config.text, vocab_size=tokenizers["text"].vocab_size)
+        nets["text"] = T5Encoder(shape) if isinstance(shape, T5Config) else TextTransformer(shape)
     settle(nets, place.device)
     for net in nets.values():
         net.train()
@@ -210,7 +212,9 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
                 f"task.holes is about pictures, and {source.codec.kind} are denoised; set it False"
             )
         conditioners.append(InpaintConfig(mask_first=False, marks_known=True))
+    conditioners += [config.low_res] if config.low_res is not None else []
     return StageConfig(
+        name="base" if config.low_res is None else "upsampler",
         schedule=config.schedule,
         parameterization=config.prediction,
         learned_var=config.learned_var,
@@ -225,6 +229,10 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
 def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
     """What the previews draw: the prompts, or captions and classes of the data."""
     pictures, classes = place.pictures, built.num_classes
+    if config.low_res is not None:
+        rows = spread(range(len(pictures.texts)), PROMPTS)
+        texts = [pictures.texts[i] for i in rows] if "text" in built.nets else None
+        return Inputs(n=len(rows), text=texts, image=to_float(pictures.images(rows)))
     if "text" not in built.nets and classes is not None:
         labels = spread(range(classes), PROMPTS)
         return Inputs(n=len(labels), label=torch.tensor(labels))
@@ -273,7 +281,7 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
     channels = stage.shape[0]
     wanted = channels * (2 if stage.denoiser.learned_var else 1)
     shape = getattr(stage.denoiser.net, "config", None)
-    read = 2 * channels + 1 if config.holes else channels
+    read = 2 * channels + 1 if config.holes else channels + (0 if config.low_res is None else 3)
     found = getattr(shape, "in_channels", read), getattr(shape, "out_channels", wanted)
     if found != (read, wanted):
         raise ValueError(
@@ -283,8 +291,9 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
     # One sample through all of it, with times that do not learn from it.
     objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        inputs = Inputs(n=1, text=("",), size=stage.pixels)
-        cond = stage.conditioner(inputs).to(stage.device)
+        picture, hole = (torch.zeros(1, n, *(stage.pixels or (1, 1))) for n in (3, 1))
+        inputs = Inputs(n=1, text=("",), image=picture, mask=hole)
+        cond = stage.conditioner(inputs, Noise([0])).to(stage.device)
         try:
             objective(stage.denoiser, x0, cond, Noise([0]))
         except RuntimeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner
+from sfumato.conditioners.image import enlarging
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.diffusion.denoiser import Denoiser
@@ -21,9 +22,11 @@ from sfumato.nets.autoencoder import DiagonalGaussian
 from sfumato.nets.dit import DiTConfig
 from sfumato.nets.lora import LoraConfig
 from sfumato.nets.mlp import MLPConfig
+from sfumato.nets.t5 import T5Config
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig
 from sfumato.systems.codec import Codec
+from sfumato.systems.conditioning import LowResConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Stage
 from sfumato.training.batches import Batch
@@ -46,6 +49,8 @@ class DenoisingConfig:
             embeddings. None = the one of `init`.
         text: tower trained together with the net; `vocab_size` is an upper bound. None = none, or the one of
             `init`.
+        low_res: the net enlarges pictures: it has 3 channels more, for the picture made small and enlarged
+            again, with noise of a random level if there is a schedule; pixels only. None = it does not.
         autoencoder: folder of a trained first stage, or of a run that trained one; None = that of `init`, or
             pixels.
         embedder: folder of a trained perceptual net, or of a run that trained one: its pooled features are
@@ -76,7 +81,8 @@ class DenoisingConfig:
 
     kind: Literal["denoising"] = "denoising"
     net: DiTConfig | UNetConfig | MLPConfig | None = field(default_factory=DiTConfig)
-    text: TextTransformerConfig | None = None
+    text: TextTransformerConfig | T5Config | None = None
+    low_res: LowResConfig | None = None
     autoencoder: Path | None = None
     embedder: Path | None = None
     posterior: Posterior = "sample"
@@ -182,6 +188,8 @@ class Denoising:
     ) -> None:
         self.denoiser: Denoiser = stage.denoiser
         self.conditioner: Conditioner = stage.conditioner
+        enlarger = enlarging(stage.conditioner)
+        self.augments = enlarger is not None and enlarger.schedule is not None
         self.codec: Codec = stage.codec
         self.objective = objective
         self.dropout = dropout
@@ -198,8 +206,10 @@ class Denoising:
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
         x0 = self.clean(batch, noise)
-        image, mask = (x0, holes_in(x0, noise)) if self.holes else (None, None)
+        image, mask = (x0, holes_in(x0, noise)) if self.holes else (batch.images, None)
         inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, image=image, mask=mask)
+        if self.augments:
+            inputs = replace(inputs, aug=noise.uniform(torch.empty(len(batch))))
         cond = self.conditioner(inputs, noise).to(x0.device)
         keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
         null = self.conditioner.null(inputs, cond).to(x0.device)
