@@ -141,10 +141,11 @@ class Encoder(nn.Module):
                 self.blocks.append(UNetBlock(resample=build.down(width)))
         self.middle = nn.ModuleList([build.block(width, width, c.middle), build.block(width, width, None)])
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
-        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it."""
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor | None = None) -> Encoded:
+        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it; `hint` is added after conv_in."""
         context = self.context(t, cond)
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
+        h = h if hint is None else h + hint
         skips = [h]
         for block in self.blocks:
             h = block(h, context)
@@ -201,9 +202,13 @@ class UNet(nn.Module):
 
         Raises: ValueError if x has other channels or sides, or a conditioning that the net needs is missing.
         """
+        return self.decode(self.encode(x, t, cond))
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
+        """The descending half with the middle; arguments and errors as of `forward`."""
         cond = self.prepare(cond)
         self._check(x, cond)
-        return self.decode(self.encoder(x, t, cond))
+        return self.encoder(x, t, cond)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The ascending half: every block reads the skip of its mirror image."""

@@ -38,6 +38,8 @@ class Request(TypedDict, total=False):
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
     """White, or 1, where `image` is to be repainted."""
+    hint: Image.Image | Tensor | Sequence[Image.Image]
+    """What ControlNets read: a picture for each, or (n, K, H, W) in [-1, 1] with all side by side."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
     only: Collection[str]
@@ -78,6 +80,7 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
         image=_picture(request.get("image"), target, count * n),
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
+        hint=_hint(request.get("hint"), target, count * n),
     )
 
 
@@ -140,6 +143,15 @@ def _picture(image: Image.Image | Tensor | None, size: Size | None, n: int) -> T
     if isinstance(image, Image.Image):
         image = to_float(from_pil(image if size is None else center_crop(image.convert("RGB"), size)))
     return None if image is None else _rows(image, n)
+
+
+def _hint(
+    hint: Image.Image | Tensor | Sequence[Image.Image] | None, size: Size | None, n: int
+) -> Tensor | None:
+    """One picture after the other in the channels."""
+    if hint is None or isinstance(hint, Image.Image | Tensor):
+        return _picture(hint, size, n)
+    return torch.cat([one for picture in hint if (one := _picture(picture, size, n)) is not None], dim=1)
 
 
 def _mask(mask: Image.Image | Tensor | None, size: Size | None, n: int) -> Tensor | None:

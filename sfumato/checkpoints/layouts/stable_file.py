@@ -88,5 +88,5 @@ TOKENS = {
 # Of those that fit a file the first is meant: the whole before its U-Net alone.
 for _name, _tower, _pad in (("sd1-compvis", FIRST, "<|endoftext|>"), ("sd2-compvis", SECOND, "!")):
     _marks = (*NET, FIRST_STAGE, f"cond_stage_model.{TOKENS[_name]}.weight")
-    LAYOUTS(_name)(Layout((UNET, VAE, _tower), _marks, pad=_pad))
-LAYOUTS("unet-compvis")(Layout((UNET,), NET))
+    LAYOUTS(_name)(Layout((UNET, VAE, _tower), _marks, pad=_pad, absent=("control_model.",)))
+LAYOUTS("unet-compvis")(Layout((UNET,), NET, absent=("control_model.",)))
