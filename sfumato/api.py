@@ -35,8 +35,8 @@ def load(
     vae: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    adapter: str | Path | None = None,
-    adapter_scale: float = 1.0,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter_scale: float | Sequence[float] = 1.0,
 ) -> System:
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
@@ -45,8 +45,9 @@ def load(
         vae: its first stage, if that is a file or folder of its own; without one it draws latents.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
-        adapter: adapter.safetensors of a run on this system, merged into its weights.
-        adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
+        adapter: adapter.safetensors of a run on this system or LoRA files of other programs, merged into its
+            weights.
+        adapter_scale: factor on what it changes, for all or for each; 1 = as trained, 0 = nothing.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sfumato.checkpoints.files import read_metadata, read_safetensors
+from sfumato.checkpoints.kinds import looks_like
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import write_whole
 from sfumato.nets.lora import Adapter, LoraConfig, extract
@@ -58,9 +59,10 @@ def read_adapters(path: Path) -> AdapterFile:
     """
     tensors, about = read_safetensors(path), read_metadata(path)
     if about.get("format") != FORMAT:
+        hint = looks_like(tensors) or "if these are whole weights, load them as a system"
+        first = next(iter(tensors), "none")
         raise ValueError(
-            f"{path} is no adapter of sfumato: it holds {len(tensors)} tensors such as "
-            f"{next(iter(tensors), 'none')!r}; if these are whole weights, load them as a system"
+            f"{path} is no adapter of sfumato: it holds {len(tensors)} tensors such as {first!r}; {hint}"
         )
     nets: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -29,15 +29,16 @@ class LearnedWord:
 
 
 def read_word(path: Path) -> LearnedWord:
-    """The word of a file of A1111, of the original scripts, or of diffusers (Gal et al. 2022, arXiv:2208.01618).
+    """The word of a file of A1111, of the original scripts, or of diffusers.
 
-    Only diffusers' files name it; else it is the name of the file.
+    Gal et al. 2022 (arXiv:2208.01618). Only diffusers' files name it; else it is the name of the file.
 
     Raises: ValueError in one line if the file is something else.
     """
     content = read_weights(path)
     inside, word = content.get("string_to_param", content), path.stem
-    tensors = {k: v for k, v in inside.items() if isinstance(v, Tensor)} if isinstance(inside, Mapping) else {}
+    items = inside.items() if isinstance(inside, Mapping) else ()
+    tensors = {name: v for name, v in items if isinstance(v, Tensor)}
     if set(tensors) == set(TOWERS):
         found = [tensors[name] for name in TOWERS]
     elif len(tensors) == 1:

@@ -11,7 +11,7 @@ NOT_READ = "sfumato does not read these"
 # Kind -> a name in it, what would load it; the first that fits is meant.
 KINDS = {
     "a LoHa or LoKr adapter": (r"\.(hada_w1|lokr_w1)", NOT_READ),
-    "a DoRA or another LoRA with more than pairs": (r"dora_scale|lora_magnitude|lora_mid|\.diff_b?$", NOT_READ),
+    "a DoRA or other adapter of more than pairs": (r"dora_scale|lora_magnitude|lora_mid|\.diff", NOT_READ),
     "a LoRA": (
         r"\.lora_([AB]|down|up)\.|\.lora(_linear_layer)?\.(down|up)\.|_lora\.(down|up)\.",
         "give it as adapter (--adapter) with a system of its base",

@@ -43,6 +43,7 @@ KEY = re.compile(
     r"|\.lora(?:_linear_layer)?\.(?P<layers>down|up)\.weight"
     r"|(?:\.processor)?\.to_(?P<which>[qkv]|out)_lora\.(?P<attention>down|up)\.weight|\.(?P<alpha>alpha))"
 )
+KOHYA = {"unet": "lora_unet_", "text_encoder_2": "lora_te2_"}
 HALVES = {"A": "down", "B": "up"}
 PEFT = "base_model.model."
 SHOWN = 3  # names that an error lists
@@ -79,7 +80,7 @@ def read_lora(path: Path, nets: Mapping[str, nn.Module]) -> dict[str, Adapter]:
         half = match["kohya"] or HALVES.get(match["peft"]) or match["layers"] or match["attention"] or "alpha"
         pair = found.setdefault(slot, {}).setdefault(place.layer, {}).setdefault(place.part, {})
         pair[half] = value
-        if half == "down" and match["peft"] and (alpha := _alpha(settings, slot, name, len(value))) is not None:
+        if match["peft"] == "A" and (alpha := _alpha(settings, slot, name, len(value))) is not None:
             pair.setdefault("alpha", torch.tensor(alpha))
     if lost or not found:
         kinds = ", ".join(f"{slot} {type(net).__name__}" for slot, net in nets.items())
@@ -105,15 +106,13 @@ def write_lora(
     two = "text_encoder_2" in nets
     state: dict[str, Tensor] = {}
     for slot, adapter in adapters.items():
-        if form == "kohya":
-            prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_"}.get(slot, "lora_te2_")
-        else:
-            prefix = f"{slot}."
+        first = "lora_te1_" if two else "lora_te_"
+        prefix = {**KOHYA, "text_encoder": first}[slot] if form == "kohya" else f"{slot}."
         names = {(p.layer, p.part): (n, p) for n, p in _table(nets[slot], form == "kohya").items()}
         for layer, pair in adapter.pairs.items():
             for part in range(pair.parts):
                 if (layer, part) not in names:
-                    raise ValueError(f"LoRA files have no name for the layer {layer!r}; keep it in sfumato's form")
+                    raise ValueError(f"LoRA files have no name for the layer {layer!r} of the adapter")
                 name, place = names[layer, part]
                 down, up = (half.weight.detach().chunk(pair.parts)[part] for half in (pair.down, pair.up))
                 if place.conv:
@@ -138,7 +137,8 @@ def _content(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         if not config.is_file():
             raise ValueError(f"{path} is a folder without {config.name}; give the file of the LoRA")
         stored = [p for p in (path / f"adapter_model.{end}" for end in ("safetensors", "bin")) if p.is_file()]
-        return read_tensors(stored[0] if stored else path / "adapter_model.safetensors"), _json(config.read_text("utf-8"), config)
+        weights = stored[0] if stored else path / "adapter_model.safetensors"
+        return read_tensors(weights), _json(config.read_text("utf-8"), config)
     told = read_metadata(path) if path.suffix == ".safetensors" else {}
     return read_tensors(path), _json(told.get("lora_adapter_metadata", "{}"), path)
 
@@ -185,7 +185,7 @@ def _maps(net: nn.Module, kohya: bool | None) -> list[KeyMap]:
     if isinstance(net, CLIPText):
         return [hub_text_map(net.config)]
     if not isinstance(net, UNet):
-        raise ValueError(f"LoRA files are for U-Nets and CLIP's text towers, and this is a {type(net).__name__}")
+        raise ValueError(f"LoRA files are for U-Nets and CLIP's text towers, not for a {type(net).__name__}")
     maps = [LAYOUTS[name].parts[0].names(net.config) for name in ("unet-diffusers", "unet-compvis")]
     if kohya is None:
         return maps
@@ -193,9 +193,7 @@ def _maps(net: nn.Module, kohya: bool | None) -> list[KeyMap]:
     return maps[1:] if kohya and large else maps[:1]  # kohya's scripts name SDXL's layers as its own files do
 
 
-def _placed(
-    match: re.Match[str], tables: Mapping[str, Mapping[str, Place]]
-) -> tuple[str, Place, str] | None:
+def _placed(match: re.Match[str], tables: Mapping[str, Mapping[str, Place]]) -> tuple[str, Place, str] | None:
     """Net, layer and the layer's name in the table; None if there is none of that name."""
     name = match["layer"]
     prefix = next((p for p in PREFIXES if name.startswith(p)), "")
@@ -224,14 +222,13 @@ def _adapter(net: nn.Module, layers: Mapping[str, Mapping[int, Mapping[str, Tens
         try:
             pair = _pair(tuple(owners[layer].weight.shape), found, parts[layer])
         except (KeyError, RuntimeError):
-            raise ValueError(f"{path}: the pair for {layer!r} lacks a half or has other shapes than this net's") from None
+            what = "lacks a half, or has other shapes than this net needs"
+            raise ValueError(f"{path}: the pair for {layer!r} {what}") from None
         tensors |= {f"{layer}.{name}": v for name, v in pair.items()}
     return restore(net, tensors)
 
 
-def _pair(
-    shape: tuple[int, ...], found: Mapping[int, Mapping[str, Tensor]], parts: int
-) -> dict[str, Tensor]:
+def _pair(shape: tuple[int, ...], found: Mapping[int, Mapping[str, Tensor]], parts: int) -> dict[str, Tensor]:
     """The pair of a layer from those of its parts, which may be missing, or differ in rank and alpha."""
     rows, tail = shape[0] // parts, (1,) * (len(shape) - 2)
     ranks = {i: len(pair["down"]) for i, pair in found.items()}

@@ -12,6 +12,7 @@ from sfumato import __version__
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -55,8 +56,11 @@ class Drawing:
         """Of all stages."""
         return sum(options.steps for options in self.options.values())
 
-    def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
+    def draw(
+        self, system: System, observe: Observer | None = None, hints: list[Image.Image] | None = None
+    ) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
+        hinted: Request = {} if hints is None else {"hint": hints}
         return system.generate(
             [self.prompt],
             negative=self.negative,
@@ -64,6 +68,7 @@ class Drawing:
             size=self.size,
             options=self.options,
             observe=observe,
+            **hinted,
         )[0]
 
 

@@ -102,7 +102,7 @@ class Hint:
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields hint (n, K, H, W) in [0, 1] and, for guess mode, control. Raises: ValueError without one."""
         if inputs.hint is None:
-            raise ValueError(f"{len(self.guess)} ControlNets read a picture each, and there is none; give a hint")
+            raise ValueError(f"{len(self.guess)} ControlNets read a picture each, and there is no hint")
         control = inputs.hint.new_ones(inputs.n, len(self.guess)) if any(self.guess) else None
         return Conditioning(hint=(inputs.hint + 1) / 2, control=control)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Hint(nn.Module):
         super().__init__()
         widths, last = config.hint_widths, config.encoder.levels[0].channels
         convs = [nn.Conv2d(config.hint_channels, widths[0], 3, padding=1)]
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             convs += [nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, padding=1, stride=2)]
         self.convs = nn.ModuleList([*convs, zeroed(nn.Conv2d(widths[-1], last, 3, padding=1))])
 
@@ -161,9 +162,9 @@ class Controlled(nn.Module):
             _check(unet.config, branch.config)
 
     def plan(self, times: Tensor) -> Controlled:
-        """The same for a walk over these times, of which start and stop are fractions."""
+        """The same for a walk over these times, of which start and stop are fractions; see `Net`."""
         planned = copy.copy(self)
-        planned.times = times.float().unique().flip(0)
+        planned.times = times[:-1].float().unique().flip(0)  # the walk ends at the last
         return planned
 
     def prepare(self, cond: Conditioning) -> Conditioning:
@@ -243,7 +244,7 @@ def _check(unet: UNetConfig, control: ControlNetConfig) -> None:
     for name, (made, found) in pairs.items():
         if made != found:
             raise ValueError(
-                f"this ControlNet is for another base: for a U-Net with {name} {made}, and this one has {found}"
+                f"this ControlNet is for another base, a U-Net with {name} {made}; this one has {found}"
             )
 
 

@@ -113,7 +113,7 @@ class ControlConfig:
     """A ControlNet of a stage: its network among the parts, and how it acts."""
 
     net: str = "control"
-    use: ControlUse = ControlUse()
+    use: ControlUse = field(default_factory=ControlUse)
 
 
 @dataclass(frozen=True, kw_only=True)

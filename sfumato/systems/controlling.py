@@ -43,9 +43,7 @@ def controlled(system: System, net: nn.Module | str | Path, use: ControlUse | No
     mark = hashlib.sha256(f"{system.fingerprint} {json.dumps(to_json(controls[-1]))}".encode())
     for key, value in control.state_dict().items():
         mark.update(f"{key} {value.double().sum().item()!r}".encode())
-    return assemble(
-        config, parts, about=system.about, card=system.card, fingerprint=mark.hexdigest()[:16]
-    )
+    return assemble(config, parts, about=system.about, card=system.card, fingerprint=mark.hexdigest()[:16])
 
 
 def _read(path: Path, device: torch.device) -> ControlNet:

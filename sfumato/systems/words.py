@@ -74,5 +74,3 @@ def _grown(net: CLIPText, ids: Sequence[int], vectors: Tensor, end: int) -> CLIP
     grown = parameter_free(CLIPText, config)
     assign(grown, {**state, "tokens.weight": table}, where="a learned word")
     return grown.eval()
-
-

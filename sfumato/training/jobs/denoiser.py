@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.adapters import write_adapters
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
-from sfumato.core.image import to_float
+from sfumato.core.image import edges, to_float
 from sfumato.core.png import write_whole
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
@@ -20,11 +20,12 @@ from sfumato.core.world import World
 from sfumato.diffusion.sampling import NotFinite
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
+from sfumato.nets.controlnet import fresh_control
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.text import TextTransformer
-from sfumato.nets.unet import UNetConfig
+from sfumato.nets.unet import UNet, UNetConfig
 from sfumato.systems.conditioning import ConditionerConfig, LabelConfig, TokenTextConfig
-from sfumato.systems.config import StageConfig, SystemConfig
+from sfumato.systems.config import ControlConfig, StageConfig, SystemConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
@@ -38,6 +39,7 @@ from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
 
+HINTS = {"edges": edges}  # what a ControlNet reads, of the pictures of the data
 PROMPTS = 16  # captions or classes that the previews draw if the recipe names none
 
 
@@ -90,7 +92,11 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         base.check(config)
     if config.text is not None or (base is not None and base.text is not None):
         check_captions(place.pictures)
-    source = source_of(recipe, config, place, base)
+    # Hints are made of pictures, which batches of cached latents have not.
+    pictured = config if config.control is None else replace(config, cache=False)
+    source = source_of(recipe, pictured, place, base)
+    if config.control is not None and (recipe.validation.split or recipe.validation.share):
+        raise ValueError("a ControlNet has no validation loss; leave out validation.split and share")
     built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
@@ -101,6 +107,8 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         return Parts({**source.frozen, **built.whole(averaged)}, built.tokenizers)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        if config.control is not None:  # alone: it is added to its base
+            return Folder(Parts({"control": averaged["control"]}), {}, to_json(place.about), place.card)
         return Folder(parts(averaged), to_json(system), to_json(place.about), place.card)
 
     def beside(averaged: Mapping[str, nn.Module]) -> None:
@@ -144,6 +152,7 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.hint = None if config.control is None else HINTS[config.control]
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -164,10 +173,23 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
         vocab, context = config.text.vocab_size, config.text.context
         tokenizers["text"] = Tokenizer.from_json(place.world.lead(lambda: _vocabulary(place, vocab, context)))
         nets["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
+    if config.control is not None:
+        nets["control"] = _control(base)
     settle(nets, place.device)
     for net in nets.values():
         net.train()
     return Built(nets, tokenizers)
+
+
+def _control(base: Base | None) -> nn.Module:
+    """A fresh ControlNet for the net of a base. Raises: ValueError if that is no U-Net."""
+    assert base is not None
+    if not isinstance(base.net, UNet):
+        raise ValueError(
+            f"{base.path} draws with a {type(base.net).__name__}, and a ControlNet steers a U-Net: set "
+            "task.init to the run of `sfumato train openmoji-unet`, or another system with one"
+        )
+    return fresh_control(base.net, 1 if base.autoencoder is None else base.autoencoder.config.factor)
 
 
 def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
@@ -188,6 +210,9 @@ def _frozen(built: Built, config: DenoisingConfig) -> Built:
         raise ValueError(f"task.{name} is about a text tower, and the system of task.init has none")
     if config.freeze_text:
         built.nets["text"].requires_grad_(False).eval()
+    if config.control is not None:
+        for name, net in built.nets.items():
+            net.requires_grad_(name == "control").train(name == "control")
     if not config.adapts:
         return built
     wanted = {"denoiser": config.lora, "text": config.lora_text}
@@ -208,6 +233,7 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
         parameterization=config.prediction,
         learned_var=config.learned_var,
         conditioners=tuple(conditioners),
+        controls=(ControlConfig(),) if config.control is not None else (),
         codec=source.codec,
         shape=source.shape,
         emits="image" if source.vectors is None else "image_embed",
@@ -224,7 +250,11 @@ def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
     prompts = config.prompts or spread(pictures.texts, PROMPTS)
     known = classes is not None and not config.prompts
     label = torch.tensor(spread(pictures.labels, PROMPTS)) if known else None
-    return Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
+    told = Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
+    if "control" not in built.nets:
+        return told
+    rows = spread(range(len(pictures)), PROMPTS)[: told.n]
+    return replace(told.rows(range(len(rows))), hint=edges(to_float(pictures.images(list(rows)))))
 
 
 def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
@@ -275,7 +305,8 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
     # One sample through all of it, with times that do not learn from it.
     objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        cond = stage.conditioner(Inputs(n=1, text=("",))).to(stage.device)
+        hint = torch.zeros(1, 3, *(stage.pixels or (1, 1)), device=stage.device)
+        cond = stage.conditioner(Inputs(n=1, text=("",), hint=hint)).to(stage.device)
         try:
             objective(stage.denoiser, x0, cond, Noise([0]))
         except RuntimeError as error:

@@ -69,6 +69,8 @@ class DenoisingConfig:
         freeze_text: leave the text tower of `init` as it is.
         lora: train low-rank adapters of the net of `init` instead of the whole system.
         lora_text: the same for its text tower.
+        control: train a ControlNet for the U-Net of `init`, and nothing else, on pictures made of those of the
+            data: "edges" = their edges, see `core.image.edges`.
     """
 
     kind: Literal["denoising"] = "denoising"
@@ -92,6 +94,7 @@ class DenoisingConfig:
     freeze_text: bool = False
     lora: LoraConfig | None = None
     lora_text: LoraConfig | None = None
+    control: Literal["edges"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -120,10 +123,15 @@ class DenoisingConfig:
 
     def _check_init(self) -> None:
         if self.init is None:
-            wants = [n for n in ("partial", "freeze_text", "lora", "lora_text") if getattr(self, n)]
+            names = ("partial", "freeze_text", "lora", "lora_text", "control")
+            wants = [n for n in names if getattr(self, n)]
             wants += ["no net"] if self.net is None else []
             if wants:
                 raise ValueError(f"{wants[0]} needs init, the folder of a trained system or of its run")
+        elif self.control is not None and (self.adapts or self.partial or self.net is not None):
+            raise ValueError(
+                "control leaves the net of init as it is: set net to None, and leave out lora and partial"
+            )
         elif self.partial and self.adapts:
             raise ValueError("partial leaves fresh layers, and lora does not train them; choose one")
         elif self.freeze_text and self.lora_text is not None:
@@ -156,11 +164,13 @@ class Denoising:
         memories: further state of the run.
 
     Attributes:
+        hint: pictures (B, 3, H, W) -> what a ControlNet reads, if one is trained; set by the job.
         embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
             the job, for the validation of the run.
     """
 
     embed: Callable[[Tensor], Tensor] | None = None
+    hint: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -192,7 +202,8 @@ class Denoising:
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
         x0 = self.clean(batch, noise)
-        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels)
+        hint = None if self.hint is None else self.hint(batch.pictures)
+        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, hint=hint)
         cond = self.conditioner(inputs, noise).to(x0.device)
         keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
         null = self.conditioner.null(inputs, cond).to(x0.device)

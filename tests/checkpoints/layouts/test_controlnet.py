@@ -75,7 +75,9 @@ def twin(options: dict[str, Any], path: Path) -> Any:
     return net.eval()
 
 
-@pytest.mark.parametrize("options", [TINY, XL, TINY | {"global_pool_conditions": True}], ids=["1", "xl", "pooled"])
+@pytest.mark.parametrize(
+    "options", [TINY, XL, TINY | {"global_pool_conditions": True}], ids=["1", "xl", "pooled"]
+)
 @torch.no_grad()
 def test_twins_compute_the_same_and_are_written_back(options: dict[str, Any], tmp_path: Path) -> None:
     reference = twin(options, tmp_path / "theirs")
