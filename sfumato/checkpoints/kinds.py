@@ -42,9 +42,8 @@ def looks_like(names: Mapping[str, object]) -> str:
     Args:
         names: name -> tensor, or what else is under that name.
     """
-    if len(names) == 1 and getattr(next(iter(names.values())), "ndim", 3) <= 2:
-        names = {"emb_params": None}  # a word's own name says nothing
     for kind, (pattern, loader) in KINDS.items():
         if any(re.search(pattern, name) for name in names):
             return f"it looks like {kind}: {loader}"
-    return ""
+    one = len(names) == 1 and getattr(next(iter(names.values())), "ndim", 3) <= 2
+    return looks_like({"emb_params": None}) if one else ""  # a learned word's own name says nothing

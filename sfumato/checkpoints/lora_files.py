@@ -23,6 +23,7 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.clip import hub_text_map
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.lora import Adapter, restore, targets
+from sfumato.nets.tags import parts_of
 from sfumato.nets.unet import UNet
 
 __all__ = ["read_lora", "write_lora"]
@@ -50,11 +51,10 @@ SHOWN = 3  # names that an error lists
 
 
 class Place(NamedTuple):
-    """A layer of ours, or one of its equal parts (q, k, v), and whether files have it as a convolution."""
+    """A layer of ours, which of its equal parts (q, k, v), and whether files have it as a convolution."""
 
     layer: str
     part: int
-    parts: int
     conv: bool
 
 
@@ -87,7 +87,18 @@ def read_lora(path: Path, nets: Mapping[str, nn.Module]) -> dict[str, Adapter]:
         names = ", ".join(map(repr, lost[:SHOWN])) + (f" and {len(lost) - SHOWN} more" * (len(lost) > SHOWN))
         hint = looks_like(state) or "it is for another base, or of another kind"
         raise ValueError(f"{path}: {len(lost)} tensors fit no layer of {kinds}: {names}; {hint}")
-    return {slot: _adapter(nets[slot], layers, path) for slot, layers in found.items()}
+    adapters = {}
+    for slot, layers in found.items():
+        owners, tensors = targets(nets[slot], ("*",)), dict[str, Tensor]()
+        for layer, pairs in layers.items():
+            try:
+                whole = _pair(tuple(owners[layer].weight.shape), pairs, parts_of(owners[layer]))
+            except (KeyError, RuntimeError):
+                what = "lacks a half, or has other shapes than this net needs"
+                raise ValueError(f"{path}: the pair for {layer!r} {what}") from None
+            tensors |= {f"{layer}.{name}": v for name, v in whole.items()}
+        adapters[slot] = restore(nets[slot], tensors)
+    return adapters
 
 
 def write_lora(
@@ -110,9 +121,9 @@ def write_lora(
         prefix = {**KOHYA, "text_encoder": first}[slot] if form == "kohya" else f"{slot}."
         names = {(p.layer, p.part): (n, p) for n, p in _table(nets[slot], form == "kohya").items()}
         for layer, pair in adapter.pairs.items():
+            if (layer, 0) not in names:
+                raise ValueError(f"LoRA files have no name for the layer {layer!r} of the adapter")
             for part in range(pair.parts):
-                if (layer, part) not in names:
-                    raise ValueError(f"LoRA files have no name for the layer {layer!r} of the adapter")
                 name, place = names[layer, part]
                 down, up = (half.weight.detach().chunk(pair.parts)[part] for half in (pair.down, pair.up))
                 if place.conv:
@@ -165,7 +176,7 @@ def _alpha(settings: Mapping[str, Any], slot: str, name: str, rank: int) -> floa
 
 
 def _table(net: nn.Module, kohya: bool | None = None) -> dict[str, Place]:
-    """Names of layers in files -> ours; all that are in use, or those that are written."""
+    """Names of layers in files -> ours: all in use, with "_" for "." too, or those to be written."""
     table: dict[str, Place] = {}
     layers = targets(net, ("*",))
     for keymap in _maps(net, kohya):
@@ -176,9 +187,8 @@ def _table(net: nn.Module, kohya: bool | None = None) -> dict[str, Place]:
                 continue
             conv = row.op is not SAME and len(row.theirs) == 1 and isinstance(net, UNet)
             for part, name in enumerate(row.theirs):
-                place = Place(layer, part, len(row.theirs), conv)
-                table[name.removesuffix(".weight")] = place
-    return table
+                table[name.removesuffix(".weight")] = Place(layer, part, conv)
+    return table if kohya is not None else {n.replace(".", "_"): p for n, p in table.items()} | table
 
 
 def _maps(net: nn.Module, kohya: bool | None) -> list[KeyMap]:
@@ -204,28 +214,8 @@ def _placed(match: re.Match[str], tables: Mapping[str, Mapping[str, Place]]) -> 
     else:
         wanted = [name]
     wanted += [f"text_model.{name}" for name in wanted]
-    for slot in slots:
-        table = tables.get(slot, {})
-        if prefix.startswith("lora_"):
-            table = {known.replace(".", "_"): place for known, place in table.items()}
-        for name in wanted:
-            if name in table:
-                return slot, table[name], name
-    return None
-
-
-def _adapter(net: nn.Module, layers: Mapping[str, Mapping[int, Mapping[str, Tensor]]], path: Path) -> Adapter:
-    owners = targets(net, ("*",))
-    parts = {p.layer: p.parts for p in _table(net).values()}
-    tensors: dict[str, Tensor] = {}
-    for layer, found in layers.items():
-        try:
-            pair = _pair(tuple(owners[layer].weight.shape), found, parts[layer])
-        except (KeyError, RuntimeError):
-            what = "lacks a half, or has other shapes than this net needs"
-            raise ValueError(f"{path}: the pair for {layer!r} {what}") from None
-        tensors |= {f"{layer}.{name}": v for name, v in pair.items()}
-    return restore(net, tensors)
+    places = ((slot, tables[slot], one) for slot in slots if slot in tables for one in wanted)
+    return next(((slot, table[one], one) for slot, table, one in places if one in table), None)
 
 
 def _pair(shape: tuple[int, ...], found: Mapping[int, Mapping[str, Tensor]], parts: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfumato.core.types import Conditioning, KeysValues
 from sfumato.nets.attention import token_readers
 from sfumato.nets.blocks import zeroed
-from sfumato.nets.unet import Encoded, Encoder, UNet, UNetConfig
+from sfumato.nets.unet import Encoded, Encoder, UNet, UNetConfig, skip_widths
 
 __all__ = ["ControlNet", "ControlNetConfig", "ControlUse", "Controlled", "Residuals", "fresh_control"]
 
@@ -79,9 +79,7 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.hint = Encoder(config.encoder), Hint(config)
-        widths = [self.encoder.conv_in.out_channels]
-        for i, level in enumerate(config.encoder.levels):
-            widths += [level.channels] * (level.blocks + (i + 1 < len(config.encoder.levels)))
+        widths = skip_widths(config.encoder)
         self.zero = nn.ModuleList(zeroed(nn.Conv2d(w, w, 1)) for w in (*widths, widths[-1]))
         for slot, reader in enumerate(token_readers(self)):
             reader.slot = slot
@@ -160,6 +158,12 @@ class Controlled(nn.Module):
         self.times: Tensor | None = None
         for branch in branches:
             _check(unet.config, branch.config)
+
+    @property
+    def guesses(self) -> tuple[bool, ...]:
+        """Whether each leaves alone what guidance leaves behind, as those do that pool."""
+        pairs = zip(self.uses, self.branches, strict=True)
+        return tuple(use.guess or branch.config.pooled for use, branch in pairs)
 
     def plan(self, times: Tensor) -> Controlled:
         """The same for a walk over these times, of which start and stop are fractions; see `Net`."""

@@ -23,7 +23,7 @@ from sfumato.nets.blocks import (
 )
 from sfumato.nets.embedding import Embedding, EmbeddingConfig, Tokens, TokensConfig
 
-__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels"]
+__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels", "skip_widths"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class UNet(nn.Module):
         self.config = config
         self.encoder = Encoder(c)
         self.decoder = nn.ModuleList()
-        skips, width = _skip_widths(c), c.levels[-1].channels
+        skips, width = skip_widths(c), c.levels[-1].channels
         for i, level in reversed(list(enumerate(c.levels))):
             for n in reversed(range(level.blocks + 1)):
                 up = build.up(level.channels) if i > 0 and n == 0 else None
@@ -263,7 +263,7 @@ class BlockFactory:
         return Upsample(channels)
 
 
-def _skip_widths(config: UNetConfig) -> list[int]:
+def skip_widths(config: UNetConfig) -> list[int]:
     """Width of every entry of `Encoded.skips`."""
     widths = [config.levels[0].channels]
     for i, level in enumerate(config.levels):

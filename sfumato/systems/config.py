@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
@@ -151,8 +150,8 @@ class StageConfig:
         net = part_of("network", self.net, parts.nets)
         told = [c.build(parts, codec) for c in self.conditioners]
         if self.controls:
-            told.append(Hint(tuple(self._guesses(parts))))
             net = self._controlled(net, parts)
+            told.append(Hint(net.guesses))
         parameterization = PARAMETERIZATIONS[self.parameterization]
         return Stage(
             name=self.name,
@@ -171,12 +170,6 @@ class StageConfig:
             kinds = ", ".join(type(one).__name__ for one in (net, *branches))
             raise ValueError(f"ControlNets control a U-Net; stage {self.name!r} has networks {kinds}")
         return Controlled(net, nets, [control.use for control in self.controls])
-
-    def _guesses(self, parts: Parts) -> Iterator[bool]:
-        """Whether each leaves alone what guidance leaves behind, as those do that pool."""
-        for control in self.controls:
-            config = getattr(parts.nets.get(control.net), "config", None)
-            yield control.use.guess or bool(getattr(config, "pooled", False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def controlled(system: System, net: nn.Module | str | Path, use: ControlUse | No
     parts = Parts({**system.parts.nets, name: control}, system.parts.tokenizers)
     mark = hashlib.sha256(f"{system.fingerprint} {json.dumps(to_json(controls[-1]))}".encode())
     for key, value in control.state_dict().items():
-        mark.update(f"{key} {value.double().sum().item()!r}".encode())
+        mark.update(key.encode() + value.float().cpu().numpy().tobytes())
     return assemble(config, parts, about=system.about, card=system.card, fingerprint=mark.hexdigest()[:16])
 
 

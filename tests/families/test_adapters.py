@@ -29,7 +29,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 MERGES = ["r e", "re d</w>", "h e", "a r", "he ar", "hear t</w>"]
-TEXTS, NEGATIVES, SEEDS, STEPS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4], 10
+TEXTS, NEGATIVES, SEEDS, STEPS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4], 5
 
 
 def randomized(net: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -159,7 +159,7 @@ def test_controlled_pictures_are_the_same(name: str, base: Path, controls: list[
     system = plain = sfumato.load(base)
     for i, use in zip(chosen, uses, strict=True):
         system = controlled(system, controls[i], use)
-    # 20 guided steps amplify the rounding of float32.
+    # Guided steps amplify the rounding of float32.
     hint = torch.cat([to_float(from_pil(picture)) for picture in pictures])[None].expand(2, -1, -1, -1)
     drawn = ours(system, hint=hint)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
@@ -261,6 +261,7 @@ def processors(prefix: str, made: dict[str, Any]) -> dict[str, torch.Tensor]:
 EVERY = r"attn|proj_(in|out)|ff\.net|resnets|samplers"  # with the convolutions of LoCon
 ATTENTION = r"attn[12]\.to_"
 TEXT = r"q_proj|v_proj|out_proj|fc1"  # of q, k and v one has none
+NATIVE = "base_model.model."
 FORMS = {
     "kohya": (EVERY, lambda u, t: kohya("lora_unet_", u) | kohya("lora_te_text_model_", t)),
     "kohya-sdxl-names": (
@@ -300,9 +301,10 @@ def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "conv_shortcut": "skip_connection",
     }
     renamed = {}
-    for name, value in state.items():
-        for theirs, ours in table.items():
-            name = re.sub(rf"(?<![a-z0-9]){theirs}(?![a-z0-9])", ours, name)
+    for key, value in state.items():
+        name = key
+        for old, new in table.items():
+            name = re.sub(rf"(?<![a-z0-9]){old}(?![a-z0-9])", new, name)
         renamed[name] = value
     assert not any("down_blocks" in name or "up_blocks" in name for name in renamed)
     return renamed
@@ -376,14 +378,10 @@ def test_lora_tensors_without_a_layer_are_named(base: Path, tmp_path: Path) -> N
     unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
     state = kohya("lora_unet_", pairs(chosen(unet, ATTENTION), 0))
     save_file(state | {"lora_unet_nowhere.alpha": torch.tensor(1.0)}, file)
-    with pytest.raises(
-        ValueError, match=r"1 tensors fit no layer of unet UNet, .*: 'lora_unet_nowhere.alpha'"
-    ):
+    with pytest.raises(ValueError, match=r"1 tensors fit no layer of .*: 'lora_unet_nowhere.alpha'"):
         adapted(system, file)
     save_file({n: v[:, :3] if "attn2_to_k.lora_down" in n else v for n, v in state.items()}, file)
-    with pytest.raises(
-        ValueError, match=r"the pair for '.*attention2.token_k' lacks a half, or has other shapes"
-    ):
+    with pytest.raises(ValueError, match=r"for '.*attention2.token_k' lacks a half, or has other shapes"):
         adapted(system, file)
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, file)
     with pytest.raises(ValueError, match="it looks like a LoHa or LoKr adapter: sfumato does not read these"):
@@ -452,9 +450,7 @@ def test_the_end_of_a_text_is_pooled_whatever_words_there_are(base: Path, tmp_pa
 def test_words_of_another_base_are_refused(base: Path, tmp_path: Path) -> None:
     system = sfumato.load(base)
     save_file({"clip_l": torch.ones(2, 24), "clip_g": torch.ones(2, 40)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        ValueError, match="vectors of width 24, 40, and the text towers .* of width 32: it is"
-    ):
+    with pytest.raises(ValueError, match=r"vectors of width 24, 40, and .* of width 32: it is"):
         taught(system, tmp_path / "a.safetensors")
     save_file({"clip_l": torch.ones(2, 40), "clip_g": torch.ones(2, 32)}, tmp_path / "a.safetensors")
     assert taught(system, tmp_path / "a.safetensors").parts.nets["text_encoder"].tokens.weight[-1].eq(1).all()

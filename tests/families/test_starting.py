@@ -173,9 +173,7 @@ def test_a_control_net_alone_is_trained_and_steers_its_base(pictures, tmp_path):
 
 
 def test_what_a_control_net_cannot_be_trained_on(base, pictures, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"draws with a DiT, and a ControlNet steers a U-Net: set task\.init to"
-    ):
+    with pytest.raises(ValueError, match="draws with a DiT, and a ControlNet steers a U-Net: set"):
         train(toy("toy-control", pictures, tmp_path / "run", init=base))
     with pytest.raises(ValueError, match="control needs init, the folder of a trained system"):
         toy("toy-control", pictures, tmp_path / "run", init=None, net=RECIPES["toy-unet"]().task.net)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from sfumato.checkpoints.layouts.layout import (
     Part,
     Settings,
     Shapes,
-    indices,
+    settled,
     shape_of,
 )
 from sfumato.checkpoints.layouts.unet_compvis import UNET
@@ -44,70 +44,59 @@ class Dialect:
 
     Attributes:
         unet: the part whose names the encoder has.
-        enter: the first convolution of both.
-        out: the last one of the U-Net, which a ControlNet lacks.
-        hint: prefix of the convolutions of the picture; `first`, `last` and {i} between them.
+        enter, leave: the first convolution of both, and the last one, which a ControlNet lacks.
+        hint: prefix of the convolutions of the picture.
+        hints: their names, by their number.
         zero, middle: the convolutions behind the encoder's blocks and its middle.
     """
 
     unet: Part[UNetConfig]
     enter: str
-    out: str
+    leave: str
     hint: str
-    first: str
-    between: str
-    last: str
+    hints: Callable[[int], list[str]]
     zero: str
     middle: str
 
-    def hints(self, count: int) -> list[str]:
-        """Names of the `count` convolutions of the picture."""
-        inner = [self.between.format(i=i, n=2 * (i + 1)) for i in range(count - 2)]
-        return [f"{self.hint}.{n}" for n in (self.first, *inner, self.last.format(n=2 * (count - 1)))]
-
     def names(self, c: ControlNetConfig) -> KeyMap:
         """The rows of a config."""
-        encoder = self.unet.names(c.encoder).rows
-        skips = sum(level.blocks + 1 for level in c.encoder.levels)
-        zeros = [self.zero.format(i=i) for i in range(skips)] + [self.middle]
-        own = [(n, f"zero.{i}", {"": ""}) for i, n in enumerate(zeros)]
-        hints = self.hints(2 * len(c.hint_widths))
-        own += [(n, f"hint.convs.{i}", {"": ""}) for i, n in enumerate(hints)]
-        return KeyMap(tuple(row for row in encoder if row.ours[0].startswith("encoder."))) + KeyMap.of(own)
-
-    def read(self, shapes: Shapes, given: Settings, count: int, *, pooled: bool = False) -> Settings:
-        """Settings of the encoder, and under OURS the config of the whole, of `count` convolutions."""
-        convs = [shape_of(shapes, f"{n}.weight", 4) for n in self.hints(count)]
-        width, channels = shape_of(shapes, f"{self.enter}.weight", 4)[:2]
-        told = self.unet.settings({**shapes, f"{self.out}.weight": (channels, width, 3, 3)}, given)
-        encoder = self.unet.config(told)
-        widths = tuple(conv[0] for conv in convs[:-1:2])
-        hint_channels = convs[0][1]
-        config = ControlNetConfig(
-            encoder=encoder, hint_channels=hint_channels, hint_widths=widths, pooled=pooled
+        encoder = tuple(r for r in self.unet.names(c.encoder).rows if r.ours[0].startswith("encoder."))
+        zeros = [self.zero.format(i=i) for i in range(sum(level.blocks + 1 for level in c.encoder.levels))]
+        hints = [f"{self.hint}.{n}" for n in self.hints(2 * len(c.hint_widths))]
+        own = [(n, f"zero.{i}", {"": ""}) for i, n in enumerate([*zeros, self.middle])]
+        return KeyMap(encoder) + KeyMap.of(
+            [*own, *((n, f"hint.convs.{i}", {"": ""}) for i, n in enumerate(hints))]
         )
-        return {**told, OURS: config}
+
+    def read(self, shapes: Shapes, given: Settings, *, pooled: bool = False) -> ControlNetConfig:
+        """The config that the shapes and the settings of the encoder make."""
+        count = sum(n.startswith(f"{self.hint}.") and n.endswith(".weight") for n in shapes)
+        convs = [shape_of(shapes, f"{self.hint}.{n}.weight", 4) for n in self.hints(max(count, 2))]
+        width, channels = shape_of(shapes, f"{self.enter}.weight", 4)[:2]
+        told = self.unet.settings({**shapes, f"{self.leave}.weight": (channels, width, 3, 3)}, given)
+        return ControlNetConfig(
+            encoder=self.unet.config(told),
+            hint_channels=convs[0][1],
+            hint_widths=tuple(conv[0] for conv in convs[:-1:2]),
+            pooled=pooled,
+        )
 
 
 DIFFUSERS = Dialect(
     unet=LAYOUTS["unet-diffusers"].parts[0],
     enter="conv_in",
-    out="conv_out",
+    leave="conv_out",
     hint="controlnet_cond_embedding",
-    first="conv_in",
-    between="blocks.{i}",
-    last="conv_out",
+    hints=lambda count: ["conv_in", *(f"blocks.{i}" for i in range(count - 2)), "conv_out"],
     zero="controlnet_down_blocks.{i}",
     middle="controlnet_mid_block",
 )
 ORIGINAL = Dialect(
     unet=UNET,
     enter="input_blocks.0.0",
-    out="out.2",
+    leave="out.2",
     hint="input_hint_block",
-    first="0",
-    between="{n}",
-    last="{n}",
+    hints=lambda count: [str(2 * i) for i in range(count)],
     zero="zero_convs.{i}.0",
     middle="middle_block_out.0",
 )
@@ -118,20 +107,14 @@ def _diffusers(shapes: Shapes, given: Settings) -> Settings:
     if given.get(ORDER, "rgb") != "rgb":
         raise ValueError(f"{ORDER} {given[ORDER]} is not supported for a ControlNetModel; allowed: rgb")
     rest = {name: value for name, value in given.items() if name not in EXTRA}
-    count = indices(shapes, f"{DIFFUSERS.hint}.blocks") + 2
-    told = DIFFUSERS.read(shapes, rest, count, pooled=bool(given.get("global_pool_conditions", False)))
-    config = _config(told)
+    config = DIFFUSERS.read(shapes, rest, pooled=bool(given.get("global_pool_conditions", False)))
     read = _published(config, given)
-    for name in EXTRA[:2]:
-        said = given.get(name, read[name])
-        said = list(said) if isinstance(said, tuple) else said
-        if said != read[name]:
-            raise ValueError(f"the config says {name} {said}, the tensors say {read[name]}")
-    return {**read, OURS: config}
+    own = {n: list(v) if isinstance(v, tuple) else v for n, v in given.items() if n in EXTRA}
+    return {**read, **settled(own, {name: read[name] for name in EXTRA}, {}), OURS: config}
 
 
 def _published(c: ControlNetConfig, extra: Settings) -> dict[str, object]:
-    told: Mapping[str, object] = DIFFUSERS.unet.published(c.encoder, extra)
+    told = DIFFUSERS.unet.published(c.encoder, extra)
     return {
         **{name: told[name] for name in SHARED if name in told},
         "conditioning_channels": c.hint_channels,
@@ -143,8 +126,8 @@ def _published(c: ControlNetConfig, extra: Settings) -> dict[str, object]:
 
 def _original(shapes: Shapes, given: Settings) -> Settings:
     """Arguments of the original class."""
-    count = (indices(shapes, ORIGINAL.hint) + 1) // 2
-    return ORIGINAL.read(shapes, given, count)
+    config = ORIGINAL.read(shapes, given)
+    return {**_original_published(config, {}), OURS: config}
 
 
 def _original_published(c: ControlNetConfig, extra: Settings) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
 
-HINTS = {"edges": edges}  # what a ControlNet reads, of the pictures of the data
+HINTS = {None: None, "edges": edges}  # what a ControlNet reads, of the pictures of the data
 PROMPTS = 16  # captions or classes that the previews draw if the recipe names none
 
 
@@ -92,11 +93,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         base.check(config)
     if config.text is not None or (base is not None and base.text is not None):
         check_captions(place.pictures)
-    # Hints are made of pictures, which batches of cached latents have not.
-    pictured = config if config.control is None else replace(config, cache=False)
-    source = source_of(recipe, pictured, place, base)
-    if config.control is not None and (recipe.validation.split or recipe.validation.share):
-        raise ValueError("a ControlNet has no validation loss; leave out validation.split and share")
+    source = source_of(recipe, _pictured(recipe, config), place, base)
     built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
@@ -107,9 +104,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         return Parts({**source.frozen, **built.whole(averaged)}, built.tokenizers)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
-        if config.control is not None:  # alone: it is added to its base
-            return Folder(Parts({"control": averaged["control"]}), {}, to_json(place.about), place.card)
-        return Folder(parts(averaged), to_json(system), to_json(place.about), place.card)
+        return Folder(*_published(parts(averaged), system), to_json(place.about), place.card)
 
     def beside(averaged: Mapping[str, nn.Module]) -> None:
         adapters = {name: a for name, a in averaged.items() if isinstance(a, Adapter)}
@@ -128,6 +123,13 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
         stage = replace(stage, conditioner=texts)
     return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
+
+
+def _published(parts: Parts, system: SystemConfig) -> tuple[Parts, dict[str, Any]]:
+    """All of it; or a ControlNet alone, which is added to its base."""
+    if "control" in parts.nets:
+        return Parts({"control": parts.nets["control"]}), {}
+    return parts, to_json(system)
 
 
 def _learns(net: nn.Module) -> bool:
@@ -152,7 +154,7 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
-    task.hint = None if config.control is None else HINTS[config.control]
+    task.hint = HINTS[config.control]
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -179,6 +181,15 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
     for net in nets.values():
         net.train()
     return Built(nets, tokenizers)
+
+
+def _pictured(recipe: Recipe, config: DenoisingConfig) -> DenoisingConfig:
+    """The same without cached latents where hints are made of pictures."""
+    if config.control is None:
+        return config
+    if recipe.validation.split or recipe.validation.share:
+        raise ValueError("a ControlNet has no validation loss; leave out validation.split and share")
+    return replace(config, cache=False)
 
 
 def _control(base: Base | None) -> nn.Module:

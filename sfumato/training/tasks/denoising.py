@@ -69,8 +69,8 @@ class DenoisingConfig:
         freeze_text: leave the text tower of `init` as it is.
         lora: train low-rank adapters of the net of `init` instead of the whole system.
         lora_text: the same for its text tower.
-        control: train a ControlNet for the U-Net of `init`, and nothing else, on pictures made of those of the
-            data: "edges" = their edges, see `core.image.edges`.
+        control: train a ControlNet for the U-Net of `init`, and nothing else, on what is made of the
+            pictures: "edges", see `core.image.edges`.
     """
 
     kind: Literal["denoising"] = "denoising"
