@@ -22,7 +22,7 @@ KINDS = {
     ),
     "a ControlNet": (
         r"^controlnet_|^(control_model\.)?(zero_convs|input_hint_block)\.",
-        "add it with systems.controlling.controlled (--control) to a system of its base",
+        "add it with systems.adapting.controlled (--control) to a system of its base",
     ),
     "a T2I-Adapter": (r"^(adapter\.)?body\.\d+\.(resnets|block1|in_conv)", NOT_READ),
     "Stable Diffusion 3": (r"joint_blocks\.|transformer_blocks\.\d+\.norm1_context", NOT_READ),

@@ -38,7 +38,7 @@ class Additions:
 def opened(flags: Additions, path: Path | None, device: str | torch.device) -> System:
     """The system at a path with what the flags add. Raises: ValueError in one line if it does not fit."""
     from sfumato.api import load
-    from sfumato.systems.controlling import controlled
+    from sfumato.systems.adapting import controlled
     from sfumato.systems.words import taught
 
     scales = flags.adapter_scale[0] if len(flags.adapter_scale) == 1 else flags.adapter_scale

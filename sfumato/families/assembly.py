@@ -21,7 +21,7 @@ __all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "system_of
 
 # What becomes of networks that come without a denoiser.
 ALONE = {
-    "control": "this is a ControlNet: add it to a system of its base with --control, or systems.controlled",
+    "control": "this is a ControlNet: add it to a system of its base with --control, or systems.adapting",
     "vae": "this is a first stage: give it as vae with the file of a denoiser",
 }
 SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, which others took over

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.embeddings import read_word
-from sfumato.checkpoints.files import sha256
+from sfumato.checkpoints.files import read_weights, sha256
+from sfumato.checkpoints.kinds import looks_like
 from sfumato.checkpoints.native import Parts
 from sfumato.checkpoints.weights import assign, parameter_free
 from sfumato.nets.clip import CLIPText
 from sfumato.systems.conditioning import ClipTextConfig
 from sfumato.systems.system import System, assemble
 
-__all__ = ["taught"]
+__all__ = ["read_word", "taught"]
+
+TOWERS = ("clip_l", "clip_g")  # names in files for SDXL, in the order of its towers
 
 
 def taught(system: System, path: str | Path, *, word: str = "") -> System:
@@ -32,14 +34,14 @@ def taught(system: System, path: str | Path, *, word: str = "") -> System:
         known already.
     """
     path = Path(path)
-    learned = read_word(path)
-    word = word or learned.word
+    named, vectors = read_word(path)
+    word = word or named
     kinds = [c for stage in system.config.stages for c in stage.conditioners if isinstance(c, ClipTextConfig)]
     towers = list(dict.fromkeys((t.tokenizer, t.encoder) for kind in kinds for t in kind.towers))
     nets, tokenizers = dict(system.parts.nets), dict(system.parts.tokenizers)
     encoders = [net for _, name in towers if isinstance(net := nets[name], CLIPText)]
     for (tokenizer, name), net, vector in zip(
-        towers, encoders, _by_tower(learned.vectors, encoders, path), strict=True
+        towers, encoders, _by_tower(vectors, encoders, path), strict=True
     ):
         end = int(tokenizers[tokenizer]([""])[0].max())
         tokenizers[tokenizer], ids = tokenizers[tokenizer].taught(word, len(vector))
@@ -47,6 +49,31 @@ def taught(system: System, path: str | Path, *, word: str = "") -> System:
     mark = hashlib.sha256(f"{system.fingerprint} {sha256(path)} {word}".encode()).hexdigest()[:16]
     parts = Parts(nets, tokenizers)
     return assemble(system.config, parts, about=system.about, card=system.card, fingerprint=mark)
+
+
+def read_word(path: Path) -> tuple[str, list[Tensor]]:
+    """The word of a file of A1111, of the original scripts, or of diffusers; its vectors for every tower.
+
+    Gal et al. 2022 (arXiv:2208.01618). Only diffusers' files name it; else it is the name of the file.
+
+    Raises: ValueError in one line if the file is something else.
+    """
+    content = read_weights(path)
+    inside, word = content.get("string_to_param", content), path.stem
+    items = inside.items() if isinstance(inside, Mapping) else ()
+    tensors = {name: v for name, v in items if isinstance(v, Tensor)}
+    if set(tensors) == set(TOWERS):
+        found = [tensors[name] for name in TOWERS]
+    elif len(tensors) == 1:
+        ((name, vector),) = tensors.items()
+        found, word = [vector], path.stem if name in ("*", "emb_params", *TOWERS) else name
+    else:
+        found = []
+    found = [(v[None] if v.ndim == 1 else v).detach().float() for v in found]
+    if not found or any(v.ndim != 2 or len(v) != len(found[0]) for v in found):
+        hint = looks_like(content) or f"it holds {', '.join(map(repr, list(content)[:3]))}"
+        raise ValueError(f"{path} is no embedding of textual inversion: {hint}")
+    return word, found
 
 
 def _by_tower(vectors: Sequence[Tensor], towers: Sequence[CLIPText], path: Path) -> list[Tensor]:

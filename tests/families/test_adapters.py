@@ -21,8 +21,7 @@ from sfumato.checkpoints.lora_files import write_lora
 from sfumato.core.image import from_pil, to_float
 from sfumato.core.types import Inputs
 from sfumato.nets.controlnet import ControlUse
-from sfumato.systems.adapting import adapted, read_for
-from sfumato.systems.controlling import controlled
+from sfumato.systems.adapting import adapted, controlled, read_for
 from sfumato.systems.words import taught
 
 diffusers = pytest.importorskip("diffusers")

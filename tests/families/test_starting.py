@@ -15,7 +15,7 @@ from sfumato.core.types import Inputs
 from sfumato.families import RECIPES
 from sfumato.nets.controlnet import fresh_control
 from sfumato.nets.lora import LoraConfig, attach, merge, restore
-from sfumato.systems.controlling import controlled
+from sfumato.systems.adapting import controlled
 from sfumato.systems.system import load_system
 from sfumato.training.recipe import Recipe
 from sfumato.training.run import train
