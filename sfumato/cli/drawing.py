@@ -12,7 +12,6 @@ from sfumato import __version__
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -60,7 +59,6 @@ class Drawing:
         self, system: System, observe: Observer | None = None, hints: list[Image.Image] | None = None
     ) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
-        hinted: Request = {} if hints is None else {"hint": hints}
         return system.generate(
             [self.prompt],
             negative=self.negative,
@@ -68,7 +66,7 @@ class Drawing:
             size=self.size,
             options=self.options,
             observe=observe,
-            **hinted,
+            hint=hints,
         )[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.core.types import Conditioning, KeysValues
 from sfumato.nets.attention import token_readers
-from sfumato.nets.blocks import zeroed
+from sfumato.nets.blocks import dtype_of, zeroed
 from sfumato.nets.unet import Encoded, Encoder, UNet, UNetConfig, skip_widths
 
 __all__ = ["ControlNet", "ControlNetConfig", "ControlUse", "Controlled", "Residuals", "fresh_control"]
@@ -66,7 +66,7 @@ class Hint(nn.Module):
 
     def forward(self, picture: Tensor) -> Tensor:
         """Picture (B, K, H, W) in [0, 1] -> (B, C, H / factor, W / factor)."""
-        h = self.convs[0](picture.to(self.convs[0].weight.dtype))
+        h = self.convs[0](picture.to(dtype_of(self)))
         for conv in list(self.convs)[1:]:
             h = conv(F.silu(h))
         return h
@@ -160,10 +160,14 @@ class Controlled(nn.Module):
             _check(unet.config, branch.config)
 
     @property
+    def nets(self) -> list[ControlNet]:
+        """The ControlNets."""
+        return [net for net in self.branches if isinstance(net, ControlNet)]
+
+    @property
     def guesses(self) -> tuple[bool, ...]:
         """Whether each leaves alone what guidance leaves behind, as those do that pool."""
-        pairs = zip(self.uses, self.branches, strict=True)
-        return tuple(use.guess or branch.config.pooled for use, branch in pairs)
+        return tuple(use.guess or net.config.pooled for use, net in zip(self.uses, self.nets, strict=True))
 
     def plan(self, times: Tensor) -> Controlled:
         """The same for a walk over these times, of which start and stop are fractions; see `Net`."""
@@ -178,7 +182,7 @@ class Controlled(nn.Module):
         """
         if cond.kv is not None:
             return cond
-        channels = [branch.config.hint_channels for branch in self.branches]
+        channels = [branch.config.hint_channels for branch in self.nets]
         if cond.hint is None or cond.hint.shape[1] != sum(channels):
             found = "none" if cond.hint is None else f"a hint of {cond.hint.shape[1]} channels"
             raise ValueError(
@@ -186,9 +190,9 @@ class Controlled(nn.Module):
                 f"by side, and there is {found}; give one picture for each"
             )
         pictures = cond.hint.split(channels, dim=1)
-        hints = [branch.hint(one) for branch, one in zip(self.branches, pictures, strict=True)]
+        hints = [branch.hint(one) for branch, one in zip(self.nets, pictures, strict=True)]
         kv = tuple(self.unet.prepare(cond).kv or ())
-        for branch in self.branches:
+        for branch in self.nets:
             kv += branch.keys_values(cond)
         return replace(cond, kv=kv, hint=torch.cat(hints, dim=1))
 
@@ -198,9 +202,9 @@ class Controlled(nn.Module):
         assert cond.kv is not None
         assert cond.hint is not None
         first = self.unet.num_readers
-        h, skips, context = self.unet.encode(x, t, replace(cond, kv=cond.kv[:first]))
-        hints = cond.hint.chunk(len(self.branches), dim=1)
-        for i, (branch, use) in enumerate(zip(self.branches, self.uses, strict=True)):
+        h, skips, context = self.unet.encoded(x, t, replace(cond, kv=cond.kv[:first]))
+        hints = cond.hint.chunk(len(self.uses), dim=1)
+        for i, (branch, use) in enumerate(zip(self.nets, self.uses, strict=True)):
             last = first + len(token_readers(branch))
             rows = self._acting(t, use) * (1.0 if cond.control is None else cond.control[:, i])
             if rows.any():

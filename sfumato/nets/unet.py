@@ -202,9 +202,9 @@ class UNet(nn.Module):
 
         Raises: ValueError if x has other channels or sides, or a conditioning that the net needs is missing.
         """
-        return self.decode(self.encode(x, t, cond))
+        return self.decode(self.encoded(x, t, cond))
 
-    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
+    def encoded(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
         """The descending half with the middle; arguments and errors as of `forward`."""
         cond = self.prepare(cond)
         self._check(x, cond)

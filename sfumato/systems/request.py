@@ -38,7 +38,7 @@ class Request(TypedDict, total=False):
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
     """White, or 1, where `image` is to be repainted."""
-    hint: Image.Image | Tensor | Sequence[Image.Image]
+    hint: Image.Image | Tensor | Sequence[Image.Image] | None
     """What ControlNets read: a picture for each, or (n, K, H, W) in [-1, 1] with all side by side."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.checkpoints.files import read_weights, sha256
 from sfumato.checkpoints.kinds import looks_like
@@ -60,7 +60,7 @@ def read_word(path: Path) -> tuple[str, list[Tensor]]:
     """
     content = read_weights(path)
     inside, word = content.get("string_to_param", content), path.stem
-    items = inside.items() if isinstance(inside, Mapping) else ()
+    items = inside.items() if isinstance(inside, Mapping | nn.ParameterDict) else ()
     tensors = {name: v for name, v in items if isinstance(v, Tensor)}
     if set(tensors) == set(TOWERS):
         found = [tensors[name] for name in TOWERS]

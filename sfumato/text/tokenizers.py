@@ -75,7 +75,8 @@ class Tokenizer:
         swap = normalizers.Replace(Regex(before + re.escape(plain) + after), "".join(signs))
         engine.normalizer = swap if old is None else normalizers.Sequence([old, swap])
         engine.add_tokens([AddedToken(sign, normalized=True) for sign in signs])
-        return Tokenizer(engine, self.context), [engine.token_to_id(sign) for sign in signs]
+        first = self.vocab_size
+        return Tokenizer(engine, self.context), list(range(first, first + count))
 
     def to_json(self) -> str:
         """The content of a `tokenizer.json`; truncation in it carries `context`."""

@@ -379,7 +379,7 @@ def test_lora_tensors_without_a_layer_are_named(base: Path, tmp_path: Path) -> N
     save_file(state | {"lora_unet_nowhere.alpha": torch.tensor(1.0)}, file)
     with pytest.raises(ValueError, match=r"1 tensors fit no layer of .*: 'lora_unet_nowhere.alpha'"):
         adapted(system, file)
-    save_file({n: v[:, :3] if "attn2_to_k.lora_down" in n else v for n, v in state.items()}, file)
+    save_file({n: v[:, :3].clone() if "attn2_to_k.lora_down" in n else v for n, v in state.items()}, file)
     with pytest.raises(ValueError, match=r"for '.*attention2.token_k' lacks a half, or has other shapes"):
         adapted(system, file)
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, file)

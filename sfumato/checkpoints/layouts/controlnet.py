@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sfumato.checkpoints.keymap import KeyMap
+from sfumato.checkpoints.keymap import KeyMap, LeafTable
 from sfumato.checkpoints.layouts import stable_file, unet_diffusers  # noqa: F401 (they come first in LAYOUTS)
 from sfumato.checkpoints.layouts.layout import (
     LAYOUTS,
@@ -63,10 +63,10 @@ class Dialect:
         encoder = tuple(r for r in self.unet.names(c.encoder).rows if r.ours[0].startswith("encoder."))
         zeros = [self.zero.format(i=i) for i in range(sum(level.blocks + 1 for level in c.encoder.levels))]
         hints = [f"{self.hint}.{n}" for n in self.hints(2 * len(c.hint_widths))]
-        own = [(n, f"zero.{i}", {"": ""}) for i, n in enumerate([*zeros, self.middle])]
-        return KeyMap(encoder) + KeyMap.of(
-            [*own, *((n, f"hint.convs.{i}", {"": ""}) for i, n in enumerate(hints))]
-        )
+        rows: list[tuple[str, str, LeafTable]] = []
+        rows += [(n, f"zero.{i}", {"": ""}) for i, n in enumerate([*zeros, self.middle])]
+        rows += [(n, f"hint.convs.{i}", {"": ""}) for i, n in enumerate(hints)]
+        return KeyMap(encoder) + KeyMap.of(rows)
 
     def read(self, shapes: Shapes, given: Settings, *, pooled: bool = False) -> ControlNetConfig:
         """The config that the shapes and the settings of the encoder make."""
