@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.files import read_metadata, read_tensors, write_safetensors
+from sfumato.checkpoints.foreign import read_json
 from sfumato.checkpoints.keymap import SAME, KeyMap
 from sfumato.checkpoints.kinds import looks_like
 from sfumato.checkpoints.layouts import LAYOUTS
@@ -144,22 +145,10 @@ def write_lora(
 def _content(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Tensors, and the settings of PEFT that are with them."""
     if path.is_dir():
-        config = path / "adapter_config.json"
-        if not config.is_file():
-            raise ValueError(f"{path} is a folder without {config.name}; give the file of the LoRA")
-        stored = [p for p in (path / f"adapter_model.{end}" for end in ("safetensors", "bin")) if p.is_file()]
-        weights = stored[0] if stored else path / "adapter_model.safetensors"
-        return read_tensors(weights), _json(config.read_text("utf-8"), config)
+        weights = next(iter(sorted(path.glob("adapter_model.*"))), path / "adapter_model.safetensors")
+        return read_tensors(weights), read_json(path / "adapter_config.json")
     told = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return read_tensors(path), _json(told.get("lora_adapter_metadata", "{}"), path)
-
-
-def _json(text: str, path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: the settings of the LoRA are not JSON ({error})") from None
-    return data if isinstance(data, dict) else {}
+    return read_tensors(path), json.loads(told.get("lora_adapter_metadata", "{}"))
 
 
 def _alpha(settings: Mapping[str, Any], slot: str, name: str, rank: int) -> float | None:

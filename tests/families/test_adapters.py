@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ def test_a_controlled_system_is_kept_and_drawn_from_pictures(
         system.generate("red", size=16, steps=2)
     with pytest.raises(ValueError, match=r"1 ControlNets read .* 3 channels .* a hint of 6 channels"):
         system.generate("red", hint=hints(2), size=16, steps=2)
+
+
+def test_a_whole_file_with_its_control_net(base: Path, controls: list[Path], tmp_path: Path) -> None:
+    system = controlled(sfumato.load(base), controls[0])
+    state = {}
+    for part in LAYOUTS["sd1-control-compvis"].parts:
+        net = system.parts.nets["control1" if part.name == "control" else part.name]
+        tensors = part.names(net.config).save(net.state_dict(), where="test")
+        state |= {part.prefix + name: v.contiguous().clone() for name, v in tensors.items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
+    again = sfumato.load(tmp_path / "whole.safetensors", config={"num_heads": 4})
+    hint = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(ours(again, hint=hint), ours(system, hint=hint), rtol=0, atol=1e-5)
 
 
 def test_what_does_not_fit_is_not_controlled(base: Path, controls: list[Path], tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def _part(dialect: Dialect, **rest: Any) -> Part[ControlNetConfig]:
     return Part(name="control", build=ControlNet, config=_config, names=dialect.names, **rest)
 
 
-BARE = _part(ORIGINAL, settings=_original, published=_original_published)
+HEADS = ("num_heads", "num_head_channels")
+BARE = _part(ORIGINAL, settings=_original, published=_original_published, known=HEADS)
 CONTROL = replace(BARE, prefix="control_model.")
 LAYOUTS("controlnet-diffusers")(
     Layout(
