@@ -96,7 +96,8 @@ def save(
 
     Args:
         layout: None = sfumato's own; "dit" or "sit" = the denoiser as a .pt or .safetensors file;
-            "dit-diffusers" = a folder for diffusers' DiTPipeline.
+            "dit-diffusers", "unet-diffusers" = a folder for diffusers' pipelines; "sd1-compvis",
+            "sd2-compvis", "sdxl-compvis", "sdxl-refiner-compvis" = a single file with everything in it.
         dtype: of the stored weights; None = as they are in memory.
 
     Returns: the fingerprint of what was written, "" in another layout.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sfumato
 from sfumato import cli
 from sfumato.families import RECIPES
 from sfumato.nets.autoencoder import AutoencoderConfig
@@ -125,11 +126,14 @@ def test_a_run_is_followed_and_its_curve_kept(run, tmp_path, capsys):
 
 
 def test_the_reader_is_measured(tmp_path, capsys):
-    code, out, _ = command(capsys, "bench", "reader", "--out", tmp_path, "--count", "5", "--damaged", "3")
+    default = Path(sfumato.__file__).parent / "assets" / "default"
+    args = ["--count", "5", "--damaged", "3", "--autoencoders", default, default]
+    code, out, _ = command(capsys, "bench", "reader", "--out", tmp_path, *args)
     assert code == 0
     assert out.splitlines()[0].startswith("32 px, none 0: exact 100.0 % (5 of 5")
     rows = json.loads((tmp_path / "reader.json").read_text())
-    assert {row["damage"] for row in rows} == {"none", "blur", "noise"}
+    assert {row["damage"] for row in rows} == {"none", "blur", "noise", "codec"}
+    assert [row["level"] for row in rows if row["damage"] == "codec"] == [1, 2]
     assert (tmp_path / "reader.png").is_file()
 
 
@@ -149,6 +153,7 @@ def test_data_scenes_writes_shards(tmp_path, capsys):
         (["bench", "scenes", "nowhere"], "nowhere"),
         (["bench", "scenes", "--watch"], "--watch follows a run in one process; give its folder"),
         (["bench", "scenes", "nowhere", "--watch"], "there is no run in nowhere"),
+        (["bench", "reader", "--out", "x", "--autoencoders", "nowhere"], "nowhere"),
         (["bench", "compare", "a.json"], "1 result to compare; give at least two"),
         (["bench", "compare", "a.json", "b.json"], "No such file or directory: 'a.json'"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,18 @@ from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights
 from sfumato.checkpoints.kinds import looks_like
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
+from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
-from sfumato.text.clip import clip_tokenizer
+from sfumato.text.clip import clip_tokenizer, installed
 from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
+SHARDED = ("index.json", "index.fp16.json", "fp16.index.json")  # endings of lists of shards
 WRITTEN = (".pt", ".safetensors")
+AVERAGES = "model_ema."  # what latent diffusion keeps beside the net, names without dots
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
 TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
 
@@ -136,16 +140,20 @@ def write_nets(
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; allowed for layout {layout!r}: {allowed}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if kind.diffusers:
-            path.mkdir(exist_ok=True)
-            hub = kind.library == "transformers"
-            named = {"architectures": [kind.diffusers]} if hub else {"_class_name": kind.diffusers}
-            (path / CONFIG).write_text(json.dumps({**named, **settings}, indent=2) + "\n", "utf-8")
-            path = path / f"{WEIGHTS[hub]}.safetensors"
-        if path.suffix == ".pt":
-            torch.save({name: _stored(v, dtype) for name, v in state.items()}, path)
-        else:
-            write_safetensors(path, state, dtype)
+        with staging(path) as new:
+            file = new / path.name
+            if kind.diffusers:
+                path.mkdir(exist_ok=True)
+                hub = kind.library == "transformers"
+                named = {"architectures": [kind.diffusers]} if hub else {"_class_name": kind.diffusers}
+                (new / CONFIG).write_text(json.dumps({**named, **settings}, indent=2) + "\n", "utf-8")
+                file = new / f"{WEIGHTS[hub]}.safetensors"
+            if path.suffix == ".pt" and not kind.diffusers:
+                torch.save({name: _stored(v, dtype) for name, v in state.items()}, file)
+            else:
+                write_safetensors(file, state, dtype)
+            for one in sorted(new.iterdir()):  # each whole, or as it was
+                os.replace(one, path / one.name if kind.diffusers else path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return settings
@@ -161,8 +169,10 @@ def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any],
     placed = [
         (part, net)
         for part in parts
-        for net in nets.values()
-        if isinstance(part.build, type) and isinstance(net, part.build)
+        for name, net in nets.items()
+        if isinstance(part.build, type)
+        and isinstance(net, part.build)
+        and (name == part.name or sum(other.build is part.build for other in parts) == 1)
     ]
     if len(placed) != len(parts) or len(nets) != len(parts):
         names, got = ", ".join(part.name for part in parts), ", ".join(nets) or "no network"
@@ -226,23 +236,26 @@ def _of_class(name: str) -> str | None:
 
 
 def _folder_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder, in one file or in shards."""
+    """The tensors of a diffusers folder, in one file or in shards; half precision if there is no other."""
     for stem in WEIGHTS:
-        index = path / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_safetensors(path / Path(shard).name).items()}
-        for ending in (".safetensors", ".bin"):
+        for index in (path / f"{stem}.safetensors.{name}" for name in SHARDED):
+            if index.is_file():
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                return {
+                    k: v for shard in shards for k, v in read_safetensors(path / Path(shard).name).items()
+                }
+        for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
             if (path / f"{stem}{ending}").is_file():
                 return _tensors(read_weights(path / f"{stem}{ending}"), path)
     raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
 
 
 def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
-    """The tokenizer of a file with a text tower, which lies beside it or in a folder of that name."""
-    pad = LAYOUTS[next(iter(found.layouts.values()))].pad
-    places = [p for p in (folder / "tokenizer", folder) if pad and (p / "merges.txt").is_file()]
-    return {"tokenizer": clip_tokenizer(places[0], pad)} if places else {}
+    """The tokenizers of a file with text towers: a vocabulary beside it, or that of an installed package."""
+    pads = LAYOUTS[next(iter(found.layouts.values()))].pads
+    places = [p for p in (folder / "tokenizer", folder) if (p / "merges.txt").is_file()] if pads else []
+    places += [p for p in (installed(),) if p is not None]
+    return {name: clip_tokenizer(places[0], pad) for name, pad in pads.items()} if places else {}
 
 
 def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -273,16 +286,29 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     """The nets of a state whose parameters are still as the file has them."""
     name = _layout(state, layout, path)
     kind = LAYOUTS[name]
-    config = {**kind.files.get(path.stem, {}), **config}
+    marked = {k: v for mark, said in kind.markers.items() if mark in state for k, v in said.items()}
+    config = {**kind.files.get(path.stem, {}), **marked, **config}
+    averages = config.get("use_ema", False)
+    config = {k: v for k, v in config.items() if k != "use_ema"}
     found = Foreign({}, {}, {})
     for part in kind.parts:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
+        if averages and part.name == "net":
+            own = {n: _average(state, part.prefix + n, path) for n in own}
         own = {part.renamed(n): v for n, v in own.items()}
         of_all = part.name == "net" or len(kind.parts) == 1
         given = config if of_all else {k: v for k, v in config.items() if k in part.known}
         net, settings = _read_part(part, own, given, path)
         found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
     return found
+
+
+def _average(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """The running average of a parameter. Raises: ValueError if the file has none."""
+    short = AVERAGES + name.removeprefix("model.").replace(".", "")
+    if short not in state:
+        raise ValueError(f"{path} has no averages of its net (no tensor {short!r}); leave out use_ema")
+    return state[short]
 
 
 def _read_part(

@@ -13,6 +13,8 @@ from tyro.conf import Positional
 from sfumato.cli.parsing import parse
 
 if TYPE_CHECKING:
+    from sfumato.systems.config import StageConfig
+    from sfumato.systems.stage import Stage
     from sfumato.systems.system import System
 
 __all__ = ["describe", "info"]
@@ -119,12 +121,7 @@ def _lines(system: System) -> list[str]:
     return lines
 
 
-def _stage_rows(config: object, stage: object) -> list[tuple[str, str]]:
-    from sfumato.systems.config import StageConfig
-    from sfumato.systems.stage import Stage
-
-    assert isinstance(config, StageConfig)
-    assert isinstance(stage, Stage)
+def _stage_rows(config: StageConfig, stage: Stage) -> list[tuple[str, str]]:
     options = config.defaults
     told = " + ".join(c.kind for c in config.conditioners) or "nothing"
     variance = ", learned variance" if config.learned_var else ""
@@ -133,11 +130,17 @@ def _stage_rows(config: object, stage: object) -> list[tuple[str, str]]:
         ("schedule", _short(config.schedule)),
         ("prediction", f"{config.parameterization}{variance}"),
         ("told", told),
+        *[("classes", ", ".join(names)) for names in _names(config)],
         ("codec", f"{config.codec.kind}, factor {stage.codec.factor}, sides in multiples of {stage.factor}"),
         ("works on", "x".join(map(str, config.shape))),
         ("sampler", f"{options.sampler}, {options.steps} steps, spacing {options.spacing}"),
         ("guidance", _short(options.guidance)),
     ]
+
+
+def _names(config: StageConfig) -> list[tuple[str, ...]]:
+    """Of the classes, where they have any."""
+    return [names for c in config.conditioners if (names := getattr(c, "names", ()))]
 
 
 def _short(settings: object) -> str:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from sfumato.api import load
+from sfumato.api import load, load_nets
 from sfumato.cli.output import check_writable
 from sfumato.cli.parsing import parse
 from sfumato.core.chart import Curve, chart
@@ -28,6 +28,8 @@ from sfumato.evaluation.scenes.benchmark import Protocol, Result, evaluate, refu
 from sfumato.evaluation.scenes.facts import FACTS
 from sfumato.evaluation.scenes.oracle import BLURS, NOISES, Accuracy, accuracy
 from sfumato.evaluation.watching import watch
+from sfumato.nets.autoencoder import Autoencoder
+from sfumato.systems.codec import Codec, Latents
 from sfumato.systems.system import System
 
 __all__ = ["bench", "progress"]
@@ -76,8 +78,8 @@ class Reader:
     """Undamaged scenes of each size."""
     damaged: int = 1000
     """Damaged scenes of each level, at 64 pixels."""
-    system: Path | None = None
-    """Folder of a system whose autoencoder the scenes are sent through; by default none."""
+    autoencoders: tuple[Path, ...] = ()
+    """Folders of systems or autoencoders that the scenes are sent through."""
 
 
 def bench(args: list[str]) -> int:
@@ -134,14 +136,15 @@ def reader(args: list[str]) -> int:
     """`sfumato bench reader`."""
     flags = parse(Reader, "bench reader", args)
     check_writable(flags.out / "reader.png")
-    codec = None if flags.system is None else load(flags.system).stages[-1].codec
-    plan = [("none", 0.0, size, flags.count) for size in (32, 64, 128)]
-    plan += [("blur", level, 64, flags.damaged) for level in BLURS]
-    plan += [("noise", level, 64, flags.damaged) for level in NOISES]
-    plan += [("codec", 1.0, 64, flags.damaged)] if codec is not None else []
+    codecs = [_codec(path) for path in flags.autoencoders]
+    plan: list[tuple[str, float, int, int, Codec | None]]
+    plan = [("none", 0.0, size, flags.count, None) for size in (32, 64, 128)]
+    plan += [("blur", level, 64, flags.damaged, None) for level in BLURS]
+    plan += [("noise", level, 64, flags.damaged, None) for level in NOISES]
+    plan += [("codec", float(i), 64, flags.damaged, codec) for i, codec in enumerate(codecs, 1)]
     found = []
     with progress() as told:
-        for done, (damage, level, size, count) in enumerate(plan, 1):
+        for done, (damage, level, size, count, codec) in enumerate(plan, 1):
             found.append(accuracy(count, size, damage, level, codec=codec))
             told("reading", done, len(plan))
     text = json.dumps([to_json(one) for one in found], indent=1) + "\n"
@@ -217,17 +220,26 @@ def _curve(results: list[Result]) -> Image.Image:
     )
 
 
+def _codec(path: Path) -> Codec:
+    found = [net for net in load_nets(path).values() if isinstance(net, Autoencoder)]
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} autoencoders; give a folder with one")
+    return Latents(found[0])
+
+
 def _reader_chart(found: list[Accuracy]) -> Image.Image:
-    """Blur and noise on one axis, each in units of its largest level."""
+    """All damages on one axis, the similarity to the true scene."""
     curves = []
-    for damage, most in (("blur", max(BLURS)), ("noise", max(NOISES))):
-        rows = [one for one in found if one.damage == damage]
-        name = f"{damage} to {most:g} {'px' if damage == 'blur' else 'of 255'}"
-        x = [one.level / most for one in rows]
-        curves.append(Curve(f"exact, {name}", x, [100 * one.exact.share for one in rows]))
-        curves.append(Curve(f"wrong, {name}", x, [100 * one.wrong.share for one in rows], dashed=True))
+    for damage, name in (("blur", "blur"), ("noise", "noise"), ("codec", "autoencoders")):
+        rows = sorted(
+            (one.psnr, one.exact.share, one.wrong.share) for one in found if one.damage == damage and one.psnr
+        )
+        if rows:
+            x, exact, wrong = zip(*rows, strict=True)
+            curves.append(Curve(f"exact, {name}", x, [100 * y for y in exact]))
+            curves.append(Curve(f"wrong, {name}", x, [100 * y for y in wrong], dashed=True))
     title = "The reader on damaged scenes of 64 pixels"
-    return chart(curves, title=title, labels=("damage, share of the most", PERCENT), scale="linear")
+    return chart(curves, title=title, labels=("PSNR to the true scene, dB", PERCENT), scale="linear")
 
 
 def _read(path: Path) -> Result:

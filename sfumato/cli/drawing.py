@@ -11,7 +11,9 @@ from PIL import Image
 from sfumato import __version__
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
+from sfumato.core.types import Reading
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -42,6 +44,7 @@ class Drawing:
     Attributes:
         size: (height, width).
         options: by stage, nothing left to defaults.
+        reading: see Inputs.
     """
 
     prompt: str
@@ -49,6 +52,7 @@ class Drawing:
     seed: int
     size: tuple[int, int]
     options: Mapping[str, SampleOptions]
+    reading: Reading | None = None
 
     @property
     def steps(self) -> int:
@@ -59,15 +63,11 @@ class Drawing:
         self, system: System, observe: Observer | None = None, hints: list[Image.Image] | None = None
     ) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
-        return system.generate(
-            [self.prompt],
-            negative=self.negative,
-            seed=self.seed,
-            size=self.size,
-            options=self.options,
-            observe=observe,
-            hint=hints,
-        )[0]
+        # SDXL takes no negative prompt for another thing than an empty one.
+        request: Request = {"negative": self.negative} if self.negative else {}
+        request |= {"reading": self.reading} if self.reading else {}
+        request |= {"size": self.size, "options": self.options, "hint": hints}
+        return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 
 
 def record_of(drawing: Drawing, system: System) -> dict[str, object]:

@@ -32,7 +32,7 @@ from sfumato.evaluation.evaluate import (
 )
 from sfumato.evaluation.features import open_net
 from sfumato.evaluation.npz import PictureFile, write_statistics
-from sfumato.evaluation.pictures import Generated, Pictures, Reconstructed, open_pictures, tells_texts
+from sfumato.evaluation.pictures import Generated, Pictures, Reconstructed, open_pictures
 from sfumato.evaluation.survey import Pair
 from sfumato.evaluation.watching import watch
 from sfumato.systems.request import Request
@@ -167,11 +167,9 @@ def _samples(flags: Flags, system: System, reference: Reference) -> Pictures:
     if flags.guidance is not None:
         request["guidance"] = flags.guidance
     texts = None if reference.pictures is None else reference.pictures.texts
-    if tells_texts(system) and not texts:
+    if system.reads_text and not texts:
         raise ValueError("this system draws from captions; give a --reference with captions")
-    return Generated(
-        system, flags.n, flags.seed, texts if tells_texts(system) else None, request, flags.batch
-    )
+    return Generated(system, flags.n, flags.seed, texts if system.reads_text else None, request, flags.batch)
 
 
 def _result(

@@ -54,6 +54,12 @@ class Generate(Additions):
     """How closely to follow the prompt; 1 = not amplified."""
     size: str | None = None
     """Side, or WIDTHxHEIGHT, in pixels."""
+    prompt_weights: bool = False
+    """Let (word:1.3), (word) and [word] count more or less, where CLIP reads the prompt."""
+    prompt_chunks: int = 1
+    """How many times 75 tokens CLIP reads; what is longer is cut, and said."""
+    clip_skip: int = 0
+    """Blocks of CLIP to leave out at the end; 1 here is 2 where the layer is counted."""
     out: Path | None = None
     """File that ends in .png, or folder; by default out/PROMPT-SEED.png. Files there are replaced."""
     grid: bool = False
@@ -203,14 +209,24 @@ def _drawings(
     flags: Generate, system: System, size: tuple[int, int] | None, seeds: list[int]
 ) -> list[Drawing]:
     from sfumato.cli.drawing import Drawing
+    from sfumato.core.types import Reading
 
     asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
     options = system.resolve(**asked)
+    reading = Reading(weights=flags.prompt_weights, chunks=flags.prompt_chunks, skip=flags.clip_skip)
+    own = reading == Reading()  # then the system's settings decide
     final = size or system.size
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
     return [
-        Drawing(prompt=flags.prompt, negative=flags.negative, seed=seed, size=final, options=options)
+        Drawing(
+            prompt=flags.prompt,
+            negative=flags.negative,
+            seed=seed,
+            size=final,
+            options=options,
+            reading=None if own else reading,
+        )
         for seed in seeds
     ]
 

@@ -19,7 +19,15 @@ from sfumato.core.types import Conditioning, Denoised, Level, expand
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
 from sfumato.diffusion.parameterization import Parameterization, target
 
-__all__ = ["CFG", "AutoGuidance", "Guidance", "GuidanceConfig", "InstructPix2Pix", "noise_fraction"]
+__all__ = [
+    "CFG",
+    "AutoGuidance",
+    "Embedded",
+    "Guidance",
+    "GuidanceConfig",
+    "InstructPix2Pix",
+    "noise_fraction",
+]
 
 Interval = tuple[float, float]
 """(low, high]: where guidance acts, in fractions sigma / (alpha + sigma) from 0 = clean to 1 = noise."""
@@ -97,6 +105,26 @@ class CFG:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A scale that the network is told, having learned what guidance would do; null is never evaluated.
+
+    Luo et al. 2023 (arXiv:2310.04378), section 4.1, whose w is scale - 1.
+    """
+
+    scale: float = 8.5
+    kind: Literal["embedded"] = "embedded"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance."""
+        first = next(v for _, v in cond.items())
+        w = torch.full((len(first),), self.scale - 1, device=first.device)
+        return _conditional(denoiser, replace(cond, guidance=w))
+
+
+@dataclass(frozen=True)
 class InstructPix2Pix:
     """Two scales, for the picture to edit (`cond.concat`) and for the instruction.
 
@@ -169,7 +197,7 @@ class AutoGuidance:
         return guided
 
 
-GuidanceConfig = Annotated[CFG | InstructPix2Pix, Field(discriminator="kind")]
+GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix, Field(discriminator="kind")]
 """The guidances that hold numbers only and therefore serialize to JSON."""
 
 

@@ -17,7 +17,7 @@ from sfumato.core.image import from_pil, to_pil
 from sfumato.data.datasets import ImageFolder
 from sfumato.data.transforms import CenterCrop
 from sfumato.evaluation.npz import read_pictures
-from sfumato.systems.conditioning import LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import LabelConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request
 from sfumato.systems.system import System
@@ -30,7 +30,6 @@ __all__ = [
     "Reconstructed",
     "open_pictures",
     "pixel_digest",
-    "tells_texts",
 ]
 
 
@@ -226,8 +225,3 @@ def pixel_digest(pixels: Tensor) -> Tensor:
     """(B, 32) uint8: the SHA-256 of each picture's pixels; their sum tells sets apart, whatever the order."""
     rows = [hashlib.sha256(picture.numpy().tobytes()).digest() for picture in pixels.contiguous()]
     return torch.tensor([list(row) for row in rows], dtype=torch.uint8)
-
-
-def tells_texts(system: System) -> bool:
-    """Whether a system draws from captions."""
-    return any(isinstance(c, TokenTextConfig) for stage in system.config.stages for c in stage.conditioners)

@@ -6,7 +6,9 @@ from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, REC
     dit,
     latent,
     scenes,
+    sdxl,
     stable,
+    stable_written,
 )
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES

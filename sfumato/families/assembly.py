@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sfumato.checkpoints.foreign import INDEX, Foreign, write_nets
 from sfumato.checkpoints.layouts import LAYOUTS
@@ -17,7 +18,15 @@ from sfumato.core.registry import Registry
 from sfumato.systems.config import LatentsConfig
 from sfumato.systems.system import System
 
-__all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "system_of", "write_system"]
+__all__ = [
+    "ASSEMBLIES",
+    "PUBLICATIONS",
+    "Publication",
+    "latents_of",
+    "needed",
+    "system_of",
+    "write_system",
+]
 
 # What becomes of networks that come without a denoiser.
 ALONE = {
@@ -35,11 +44,13 @@ class Publication:
     """How a system is written in a layout.
 
     Attributes:
-        parts: name of a net of the system -> its layout, and its subfolder in a diffusers pipeline.
+        parts: name of a net of the system -> its layout, and its subfolder in a diffusers pipeline or which
+            part of a file it is.
         extra: settings that the nets do not know, such as the size of a picture, by the same name.
         index: of a diffusers pipeline: the content of model_index.json besides the models.
         extras: of a diffusers pipeline: other JSON files by their path.
         texts: likewise, other files.
+        nets: by name, what is written in place of a net of the system.
     """
 
     parts: Mapping[str, tuple[str, str]]
@@ -47,6 +58,7 @@ class Publication:
     index: Mapping[str, object]
     extras: Mapping[str, Mapping[str, object]]
     texts: Mapping[str, str] = field(default_factory=dict)
+    nets: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 PUBLICATIONS: Registry[Callable[[System], Publication]] = Registry("layout that systems are written in")
@@ -66,9 +78,12 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
     Raises: ValueError in one line if the layout cannot hold it, or `path` is a folder that is not empty.
     """
     path, plan = Path(path), PUBLICATIONS[layout](system)
+    nets = {**system.parts.nets, **plan.nets}
     if not LAYOUTS[layout].diffusers:
-        for name, (kind, _) in plan.parts.items():
-            write_nets({name: system.parts.nets[name]}, path, kind, extra=plan.extra.get(name), dtype=dtype)
+        whole = {part or name: nets[name] for name, (_, part) in plan.parts.items()}
+        ((kind, _), *_) = plan.parts.values()
+        known = {k: v for told in plan.extra.values() for k, v in told.items()}
+        write_nets(whole, path, kind, extra=known, dtype=dtype)
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty; choose a new folder, or remove it first")
@@ -77,8 +92,7 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
         index = dict(plan.index)
         for name, (kind, subfolder) in plan.parts.items():
             extra = plan.extra.get(name)
-            net = {name: system.parts.nets[name]}
-            write_nets(net, folder / subfolder, kind, extra=extra, dtype=dtype)
+            write_nets({name: nets[name]}, folder / subfolder, kind, extra=extra, dtype=dtype)
             index[subfolder] = [LAYOUTS[kind].library, LAYOUTS[kind].diffusers]
         told = {**plan.extras, INDEX: index}
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in told.items()}
@@ -88,6 +102,23 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
         if path.exists():
             path.rmdir()
         shutil.move(folder, path)
+
+
+def needed(found: Foreign, *names: str) -> list[nn.Module]:
+    """The nets of these parts. Raises: ValueError if one is missing, or a vocabulary of CLIP is."""
+    for name in names:
+        if name not in found.nets:
+            raise ValueError(
+                f"this system needs {', '.join(names)}, and {name} is missing; "
+                "give the whole pipeline folder, or load_nets for the networks that there are"
+            )
+        words = name.replace("text_encoder", "tokenizer")
+        if words != name and words not in found.tokenizers:
+            raise ValueError(
+                "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt "
+                "beside the networks, or install open_clip_torch, which carries it"
+            )
+    return [found.nets[name] for name in names]
 
 
 def latents_of(settings: Mapping[str, object]) -> LatentsConfig:

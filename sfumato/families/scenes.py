@@ -73,18 +73,18 @@ def scenes_autoencoder() -> Recipe:
         task=task,
         data=SCENES,
         optim=optim,
-        trainer=TrainerConfig(images=40_000, batch=8, ema=0.998),
+        trainer=TrainerConfig(images=12_000, batch=8, ema=0.998, preview_every=3000),
         about=_about("KL autoencoder of 64x64 scenes."),
     )
 
 
 @RECIPES("scenes-dit")
 def scenes_dit() -> Recipe:
-    """A text-to-image DiT on the latents of scenes-autoencoder, 2x2 of them to a token."""
+    """A text-to-image DiT on the latents of scenes-autoencoder, 4x4 of them to a token."""
     net = DiTConfig(
-        patch=2,
-        width=192,
-        depth=6,
+        patch=4,
+        width=256,
+        depth=7,
         heads=4,
         text_dim=TEXT_WIDTH,
         pooled_dim=TEXT_WIDTH,
@@ -98,7 +98,7 @@ def scenes_dit() -> Recipe:
         posterior="mean",
         schedule=Flow(multiplier=1000.0),
         prediction="flow",
-        objective=Objective(times=LogitNormal(mean=0.5, std=1.2)),
+        objective=Objective(times=LogitNormal(mean=1.0, std=1.2)),
         dropout=0.1,
         sampling=SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(2.0)),
         prompts=PROMPTS,
@@ -112,11 +112,11 @@ def scenes_dit() -> Recipe:
             betas=(0.9, 0.99),
             weight_decay=0.01,
             lr_schedule="wsd",
-            warmup=3200,
+            warmup=1600,
             decay=0.3,
             final=0.02,
         ),
-        trainer=TrainerConfig(images=210_000, batch=32, ema=0.999, preview_every=20_000, save_every=10_000),
+        trainer=TrainerConfig(images=220_000, batch=32, ema=0.995, preview_every=20_000, save_every=10_000),
         about=_about("Text-to-image latent diffusion on scenes, 64x64."),
     )
 

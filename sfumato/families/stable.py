@@ -10,22 +10,23 @@ from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
 from sfumato.core.types import Conditioning, Inputs
 from sfumato.diffusion.denoiser import Net
-from sfumato.diffusion.guidance import CFG
-from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS, Publication, latents_of
-from sfumato.families.schedulers import SAMPLERS, Sampling, ddim_config, sampling_of
+from sfumato.diffusion.guidance import CFG, Embedded
+from sfumato.families import sdxl
+from sfumato.families.assembly import ASSEMBLIES, latents_of, needed
+from sfumato.families.schedulers import Sampling, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
 from sfumato.systems.adapting import controlled
 from sfumato.systems.conditioning import ClipTextConfig, TowerConfig
-from sfumato.systems.config import About, LatentsConfig, StageConfig, SystemConfig
+from sfumato.systems.config import About, StageConfig, SystemConfig
 from sfumato.systems.system import System, assemble
-from sfumato.text.clip import clip_files
 
 __all__ = ["stable_system"]
 
 # What the original scripts and diffusers draw with; the folder's scheduler says the rest.
 STEPS, GUIDANCE = 50, CFG(7.5)
+DISTILLED_STEPS = 4
 NEEDED = ("net", "vae", "text_encoder")
 
 
@@ -43,9 +44,15 @@ SCHEDULER = {
 
 @ASSEMBLIES("unet-diffusers")
 def _folder(found: Foreign) -> System:
-    """A pipeline folder of Stable Diffusion 1 or 2."""
-    sampling = sampling_of(found.extras.get("scheduler", {}), steps=STEPS, guidance=GUIDANCE)
-    return stable_system(found, sampling, "Read from a folder of diffusers.")
+    """A pipeline folder of Stable Diffusion 1 or 2, of SDXL, or of a net that was distilled from them."""
+    net, large = found.nets["net"], sdxl.is_sdxl(found.nets["net"])
+    guidance = sdxl.GUIDANCE if large else GUIDANCE
+    sampling = sampling_of(found.extras.get("scheduler", {}), steps=STEPS, guidance=guidance)
+    if sampling.defaults.sampler == "lcm":
+        sampling = replace(sampling, defaults=replace(sampling.defaults, steps=DISTILLED_STEPS))
+    if isinstance(net, UNet) and net.config.embedding.guidance_dim:
+        sampling = replace(sampling, defaults=replace(sampling.defaults, guidance=Embedded()))
+    return (sdxl.sdxl_system if large else stable_system)(found, sampling, "Read from a folder of diffusers.")
 
 
 @ASSEMBLIES("sd1-compvis")
@@ -67,7 +74,10 @@ def _second(found: Foreign) -> System:
     """A single file of the second version: its tensors do not tell whether it predicts eps or v."""
     said = found.settings["net"]["parameterization"]
     sampling = sampling_of(SCHEDULER, steps=STEPS, guidance=GUIDANCE)
-    system = stable_system(found, sampling, "Read from a single file.", skip=1)
+    text = found.nets["text_encoder"]
+    # Published towers have a block more than is read, and a projection; those that diffusers had do not.
+    skip = int(isinstance(text, CLIPText) and text.projection is not None)
+    system = stable_system(found, sampling, "Read from a single file.", skip=skip)
     stage, how = system.stages[0], "as was said"
     if said is None:
         cond = stage.conditioner(Inputs())
@@ -76,7 +86,7 @@ def _second(found: Foreign) -> System:
             "as found",
         )
     sampling = replace(sampling, parameterization=str(said))
-    return stable_system(found, sampling, f"Read from a single file; it predicts {said}, {how}.", skip=1)
+    return stable_system(found, sampling, f"Read from a single file; it predicts {said}, {how}.", skip=skip)
 
 
 @torch.no_grad()
@@ -101,18 +111,7 @@ def stable_system(found: Foreign, sampling: Sampling, summary: str, *, skip: int
 
     Raises: ValueError if a part is missing, or the parts make another system than text to image.
     """
-    for name in NEEDED:
-        if name not in found.nets:
-            raise ValueError(
-                f"a system of Stable Diffusion needs {', '.join(NEEDED)}, and {name} is missing; "
-                "give the whole pipeline folder, or load_nets for the networks that there are"
-            )
-    if "tokenizer" not in found.tokenizers:
-        raise ValueError(
-            "there is no CLIP vocabulary; copy a folder 'tokenizer' with vocab.json and merges.txt beside "
-            "the networks"
-        )
-    net, vae, text = (found.nets[name] for name in NEEDED)
+    net, vae, text = needed(found, *NEEDED)
     assert isinstance(net, UNet)
     assert isinstance(vae, Autoencoder)
     assert isinstance(text, CLIPText)
@@ -140,61 +139,10 @@ def _check(net: UNet, vae: Autoencoder, text: CLIPText) -> None:
         told = [f.field for e in c.embedding.extras for f in e.features]
         raise ValueError(
             f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *told])}: "
-            "inpainting, depth, upscaling, unCLIP and SDXL are no systems yet; load_nets gives their networks"
+            "inpainting, depth, upscaling and unCLIP are no systems yet; load_nets gives their networks"
         )
     if c.token_dim != text.config.width:
         raise ValueError(
             f"the text tower has width {text.config.width}, the U-Net reads {c.token_dim}; "
             "they do not belong together"
         )
-
-
-@PUBLICATIONS("unet-diffusers")
-def _pipeline(system: System) -> Publication:
-    """What StableDiffusionPipeline reads."""
-    stage = system.config.stages[0]
-    text, codec = stage.conditioners[0] if stage.conditioners else None, stage.codec
-    if (
-        len(system.config.stages) != 1
-        or len(stage.conditioners) != 1
-        or not isinstance(text, ClipTextConfig)
-        or [(tower.skip, tower.norm) for tower in text.towers] != [(0, True)]
-        or not isinstance(codec, LatentsConfig)
-        or len(codec.std) > 1
-        or len(codec.mean) > 1
-    ):
-        raise ValueError(
-            "StableDiffusionPipeline needs one stage with one whole text tower and a first stage with one "
-            "scale; save this as a sfumato system"
-        )
-    tower = text.towers[0]
-    classes = {ours: theirs for theirs, ours in SAMPLERS.items()}
-    scheduler = classes.get(stage.defaults.sampler, "DDIMScheduler")
-    absent = [None, None]
-    return Publication(
-        {
-            stage.net: ("unet-diffusers", "unet"),
-            codec.autoencoder: ("vae-diffusers", "vae"),
-            tower.encoder: ("clip-text", "text_encoder"),
-        },
-        {
-            stage.net: {"sample_size": stage.shape[1]},
-            codec.autoencoder: {"scaling_factor": 1 / codec.std[0], "shift_factor": codec.mean[0] or None},
-        },
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "scheduler": ["diffusers", scheduler],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "safety_checker": absent,
-            "feature_extractor": absent,
-            "requires_safety_checker": False,
-        },
-        {
-            "scheduler/scheduler_config.json": {
-                **ddim_config(stage),
-                "_class_name": scheduler,
-                **({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}),
-            }
-        },
-        {f"tokenizer/{n}": v for n, v in clip_files(system.parts.tokenizers[tower.tokenizer]).items()},
-    )

@@ -12,6 +12,7 @@ from sfumato.core.registry import unknown
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Discrete, Flow
 from sfumato.diffusion.times import LogitNormal
+from sfumato.diffusion.weights import EDMWeight
 from sfumato.evaluation.scenes.benchmark import Protocol
 from sfumato.families import RECIPES
 from sfumato.nets.dit import DiTConfig
@@ -202,6 +203,11 @@ def _flow(task: DenoisingConfig) -> DenoisingConfig:
     return replace(task, schedule=Flow(multiplier=1000.0), prediction="flow")
 
 
+def _clean(task: DenoisingConfig) -> DenoisingConfig:
+    weighted = replace(task.objective, weight=EDMWeight(sigma_data=1.0))
+    return replace(task, prediction="x0", objective=weighted)
+
+
 def _logit_normal(task: DenoisingConfig) -> DenoisingConfig:
     return replace(task, objective=replace(task.objective, times=LogitNormal()))
 
@@ -227,6 +233,7 @@ IMPROVEMENTS: Mapping[str, Change] = {
     "shared_modulation": partial(_net, shared_modulation=True),
     "registers": partial(_net, registers=REGISTERS),
     "flow": _flow,
+    "clean": _clean,
     "logit_normal": _logit_normal,
     "learned_sigma": _learned_sigma,
     "combined": _combined,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -13,18 +13,22 @@ from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
 from sfumato.conditioners.image import Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
+from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
 from sfumato.core.registry import unknown
+from sfumato.core.types import Reading
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.clip import CLIPText
 from sfumato.systems.codec import Codec
 
 __all__ = [
+    "TEXTS",
     "ClipTextConfig",
     "ConditionerConfig",
     "InpaintConfig",
     "LabelConfig",
     "LowResConfig",
+    "SizesConfig",
     "TokenTextConfig",
     "TowerConfig",
     "part_of",
@@ -84,11 +88,26 @@ class ClipTextConfig:
     towers: tuple[TowerConfig, ...] = (TowerConfig(),)
     pooled: bool = False
     zero_null: bool = False
+    reading: Reading = field(default_factory=Reading)
     kind: Literal["clip_text"] = "clip_text"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return ClipText(tuple(tower.build(parts) for tower in self.towers), self.pooled, self.zero_null)
+        towers = tuple(tower.build(parts) for tower in self.towers)
+        return ClipText(towers, self.pooled, self.zero_null, self.reading)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizesConfig:
+    """See conditioners.sizes.Sizes."""
+
+    size: tuple[int, int]
+    scored: bool = False
+    kind: Literal["sizes"] = "sizes"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return Sizes(self.size, self.scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +151,12 @@ class InpaintConfig:
 
 
 ConditionerConfig = Annotated[
-    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
+    TokenTextConfig | ClipTextConfig | SizesConfig | LabelConfig | LowResConfig | InpaintConfig,
+    Field(discriminator="kind"),
 ]
+
+TEXTS = (TokenTextConfig, ClipTextConfig)
+"""Those that read a text."""
 
 
 def part_of(kind: str, name: str, parts: Mapping[str, T]) -> T:

@@ -79,6 +79,7 @@ class LatentsConfig:
     autoencoder: str = "autoencoder"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    full: bool = False
     kind: Literal["latents"] = "latents"
 
     def build(self, parts: Parts) -> Codec:
@@ -88,7 +89,7 @@ class LatentsConfig:
             raise ValueError(
                 f"network {self.autoencoder!r} is a {type(net).__name__}; the codec needs an Autoencoder"
             )
-        return Latents(net, self.mean, self.std)
+        return Latents(net, self.mean, self.std, self.full)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TypedDict
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
-from sfumato.core.types import Inputs
-from sfumato.diffusion.guidance import CFG, Guidance, InstructPix2Pix
+from sfumato.core.types import Inputs, Reading
+from sfumato.diffusion.guidance import CFG, Embedded, Guidance, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
-from sfumato.systems.start import FromImage, Start
+from sfumato.systems.start import FromImage, FromNoise, Start
 
-__all__ = ["Request", "inputs_for", "options_for", "seeds_for"]
+__all__ = ["Request", "classes_of", "inputs_for", "options_for", "seeds_for"]
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -28,12 +29,20 @@ class Request(TypedDict, total=False):
 
     n: int
     """Pictures per prompt."""
+    reading: Reading
+    """Weights of words, long prompts and CLIP's last blocks; the system's own choice if not given."""
     negative: Texts
     """What to keep away from: one for all, or one per prompt."""
-    label: Sequence[int]
-    """Classes, for class-conditional systems, in place of prompts."""
+    label: Sequence[int | str]
+    """Classes by number or name, for class-conditional systems, in place of prompts."""
     size: int | Size
     """Side of a square, or (height, width), in pixels."""
+    original_size: Size
+    crop: Size
+    target_size: Size
+    """What SDXL is told of its picture besides: see Inputs."""
+    aesthetic: float
+    """Score that SDXL's refiner is told."""
     image: Image.Image | Tensor
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
@@ -57,10 +66,15 @@ class Request(TypedDict, total=False):
     start: Start
 
 
-def inputs_for(text: Texts | None, request: Request, default_size: Size | None) -> Inputs:
+def inputs_for(
+    text: Texts | None, request: Request, default_size: Size | None, names: Sequence[str] = ()
+) -> Inputs:
     """The inputs of all pictures of a request, prompt by prompt.
 
-    Raises: ValueError in one line for an empty list, or lists whose lengths differ.
+    Args:
+        names: of the classes, which labels may be given by.
+
+    Raises: ValueError in one line for an empty list, lists whose lengths differ, or an unknown class.
     """
     prompts = [text] if isinstance(text, str) else text
     n, labels = request.get("n", 1), request.get("label")
@@ -75,13 +89,39 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
         n=count * n,
         text=None if prompts is None else _each(prompts, n),
         negative=_negatives(request.get("negative"), count, n),
-        label=None if labels is None else torch.tensor(labels).repeat_interleave(n),
+        label=None if labels is None else torch.tensor(classes_of(labels, names)).repeat_interleave(n),
         size=size,
+        reading=request.get("reading"),
+        original_size=request.get("original_size"),
+        crop=request.get("crop", (0, 0)),
+        target_size=request.get("target_size"),
+        aesthetic=request.get("aesthetic"),
         image=_picture(request.get("image"), target, count * n),
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
         hint=_hint(request.get("hint"), target, count * n),
     )
+
+
+def classes_of(labels: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Numbers of classes. A name may be one of several that stand in a class's name with commas between.
+
+    Raises: ValueError in one line for a name of no class, or of several.
+    """
+    known: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for one in {name, *name.split(",")}:
+            known.setdefault(one.strip().casefold(), []).append(number)
+    numbers = []
+    for label in labels:
+        if not isinstance(label, str) or label.strip().isdecimal():
+            numbers.append(int(label))
+            continue
+        found = known.get(label.strip().casefold(), [])
+        if len(found) != 1:
+            raise ValueError(f"label {label!r}{_advice(label, known, found)}")
+        numbers += found
+    return numbers
 
 
 def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
@@ -100,7 +140,7 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
-    if "image" in request and "start" not in given:
+    if "image" in request and "start" not in given and isinstance(defaults.start, FromNoise):
         given["start"] = FromImage()
     return replace(defaults, **given) if given else defaults
 
@@ -112,12 +152,22 @@ def seeds_for(seed: int, n: int) -> list[int]:
     return list(range(seed, seed + n))
 
 
+def _advice(label: str, known: Mapping[str, list[int]], found: list[int]) -> str:
+    if not known:
+        return ": the classes of this system have no names; give a number"
+    if found:
+        return f" is the name of classes {found}; give a number"
+    near = difflib.get_close_matches(label.casefold(), list(known), n=3)
+    nearest = f"the nearest names are {', '.join(near)}" if near else "`sfumato info` lists their names"
+    return f" is no class of this system; {nearest}"
+
+
 def _guidance(default: Guidance, asked: object) -> object:
     if not isinstance(asked, int | float):
         return asked
     if isinstance(default, InstructPix2Pix):
         return replace(default, text=float(asked))
-    return replace(default, scale=float(asked)) if isinstance(default, CFG) else CFG(float(asked))
+    return replace(default, scale=float(asked)) if isinstance(default, CFG | Embedded) else CFG(float(asked))
 
 
 def _each(values: Sequence[str], n: int) -> list[str]:

@@ -17,7 +17,7 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.conditioning import TokenTextConfig
+from sfumato.systems.conditioning import TEXTS, LabelConfig, TokenTextConfig
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
@@ -98,7 +98,8 @@ class System:
         """Pictures for prompts.
 
         Args:
-            text: one prompt or several; an empty one, or none, draws unconditionally.
+            text: one prompt or several; an empty one, or none, draws unconditionally. For a system of classes
+                that reads no text: their names or numbers.
             seed: picture i of the result depends on seed + i alone, in whatever company it is made.
             batch: pictures computed together; limits the memory.
             observe: called after every step of every batch; raises Cancelled to stop.
@@ -111,7 +112,7 @@ class System:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}; allowed: a whole number of at least 1")
         options = self.resolve(**request)
-        inputs = inputs_for(text, request, self.size)
+        inputs = self._inputs(text, request)
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
         mine = world.share(inputs.n)
@@ -166,6 +167,19 @@ class System:
         with torch.no_grad():
             decoded = stage.codec.decode(stage.codec.encode(x.to(stage.device)))
         return to_pil(to_uint8(decoded[0].float().cpu()))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a stage is told a text."""
+        return any(isinstance(c, TEXTS) for stage in self.config.stages for c in stage.conditioners)
+
+    def _inputs(self, text: str | Sequence[str] | None, request: Request) -> Inputs:
+        kinds = [c for stage in self.config.stages for c in stage.conditioners]
+        classes = next((c for c in kinds if isinstance(c, LabelConfig)), None)
+        if classes and not self.reads_text and "label" not in request and text:
+            request = {**request, "label": [text] if isinstance(text, str) else text}
+            text = None
+        return inputs_for(text, request, self.size, classes.names if classes else ())
 
     def _check_names(self, *names: str) -> None:
         known = [stage.name for stage in self.stages]

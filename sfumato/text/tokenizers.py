@@ -46,6 +46,16 @@ class Tokenizer:
         mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.bool)
         return ids, mask.reshape(len(rows), self.context)
 
+    def pieces(self, text: str) -> list[tuple[int, int]]:
+        """All ids of a text, neither cut nor filled nor between start and end; with each where it ends."""
+        first = self._engine.encode(text, add_special_tokens=False)
+        return [
+            (number, end)
+            for part in (first, *first.overflowing)
+            for number, (_, end), real in zip(part.ids, part.offsets, part.attention_mask, strict=True)
+            if real
+        ]
+
     def unknown(self, text: str) -> list[str]:
         """The words of `text` that training never saw whole, so that they are spelled in pieces."""
         words = [

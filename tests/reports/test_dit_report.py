@@ -12,6 +12,7 @@ from PIL import Image
 from sfumato import cli
 from sfumato.core.config import from_json, to_json
 from sfumato.diffusion.schedules import Discrete, Flow
+from sfumato.diffusion.weights import EDMWeight
 from sfumato.evaluation.measures import Proportion
 from sfumato.nets.dit import DiT
 from sfumato.reports import running
@@ -175,11 +176,13 @@ def test_an_improvement_is_one_change_of_the_baseline():
         assert tasks[name] == replace(plain, net=replace(plain.net, **{name: True}))
     assert tasks["registers"] == replace(plain, net=replace(plain.net, registers=4))
     assert tasks["flow"] == replace(plain, schedule=Flow(multiplier=1000.0), prediction="flow")
+    assert (tasks["clean"].prediction, tasks["clean"].objective.weight) == ("x0", EDMWeight(sigma_data=1.0))
     assert tasks["logit_normal"].objective.times.kind == "logit_normal"
     assert tasks["learned_sigma"].net.out_channels == 6
     both = tasks["combined"]
-    assert (both.net.rope, both.net.registers, both.prediction) == (True, 4, "flow")
-    assert both.objective == tasks["logit_normal"].objective
+    assert (both.net.rope, both.net.registers, both.prediction) == (True, 4, "x0")
+    assert both.schedule == tasks["flow"].schedule
+    assert both.objective.times == tasks["logit_normal"].objective.times
     assert not both.learned_var
 
 

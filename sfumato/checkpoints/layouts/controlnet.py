@@ -161,9 +161,14 @@ LAYOUTS("controlnet-diffusers")(
 )
 MARK = "input_hint_block.0.weight"
 # A whole system of Stable Diffusion 1 with its ControlNet, the ControlNet alone, and without its prefix.
-WHOLE = (*LAYOUTS["sd1-compvis"].parts, CONTROL)
+ALONE = LAYOUTS["sd1-compvis"]
 LAYOUTS("sd1-control-compvis")(
-    Layout(WHOLE, (*LAYOUTS["sd1-compvis"].marks, CONTROL.prefix + MARK), pad=LAYOUTS["sd1-compvis"].pad)
+    replace(
+        ALONE,
+        parts=(*ALONE.parts, CONTROL),
+        marks=(*ALONE.marks, CONTROL.prefix + MARK),
+        absent=(),
+    )
 )
 LAYOUTS("controlnet-compvis")(Layout((CONTROL,), (CONTROL.prefix + MARK,)))
 LAYOUTS("controlnet-bare")(Layout((BARE,), (MARK, "zero_convs.0.0.weight")))

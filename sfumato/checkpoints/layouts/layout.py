@@ -81,7 +81,9 @@ class Layout:
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
         library: which that class is from.
-        pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
+        pads: name of a tokenizer -> what fills its short texts, where the file has text towers of CLIP; their
+            vocabulary lies beside it.
+        markers: names of tensors that say something of the denoiser -> that setting.
     """
 
     parts: tuple[Part[Any], ...]
@@ -90,7 +92,8 @@ class Layout:
     library: Literal["diffusers", "transformers"] = "diffusers"
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
-    pad: str = ""
+    pads: Mapping[str, str] = field(default_factory=dict)
+    markers: Mapping[str, Settings] = field(default_factory=dict)
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""

@@ -28,6 +28,7 @@ class Dialect:
         down, up: residual block, attention, change of resolution.
         middle: residual block, attention, residual block.
         top: layers outside the blocks.
+        guidance: the projection of a scale that a distilled net is told.
         block: layers of a residual block.
         skip: its 1x1 convolution, if the width changes.
         extra: layers of a term that is added to the embedding of time.
@@ -37,6 +38,7 @@ class Dialect:
     up: tuple[str, str, str]
     middle: tuple[str, str, str]
     top: LeafTable
+    guidance: str
     block: LeafTable
     skip: str
     extra: Callable[[EmbedderConfig], LeafTable]
@@ -49,6 +51,8 @@ class Dialect:
 def names_of(c: UNetConfig, d: Dialect) -> KeyMap:
     """The rows of a config."""
     rows: Rows = [("", "", d.top)]
+    if c.embedding.guidance_dim:
+        rows.append(("", "", {d.guidance: Leaf("encoder.embedding.guidance", tensors=("weight",))}))
     rows += [("", f"encoder.embedding.extras.{i}", d.extra(e)) for i, e in enumerate(c.embedding.extras)]
     n, width, skips = 1, c.levels[0].channels, [c.levels[0].channels]
     for i, level in enumerate(c.levels):
@@ -195,7 +199,12 @@ def config_of(
             for w, n, a in zip(stack.widths, stack.blocks, attention[:-1], strict=True)
         ),
         middle=attention[-1],
-        embedding=EmbeddingConfig(time_dim=time, dim=embed, extras=extras),
+        embedding=EmbeddingConfig(
+            time_dim=time,
+            dim=embed,
+            guidance_dim=shapes.get(f"{d.guidance}.weight", (0, 0))[1],
+            extras=extras,
+        ),
         tokens=TokensConfig(dim=context),
         block=block or BlockConfig(),
     )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sfumato
+from sfumato.checkpoints import foreign
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
@@ -257,3 +258,20 @@ def test_a_pipeline_draws_the_same_pictures(pipeline, tmp_path, monkeypatch):
     )
     sfumato.save(system, tmp_path / "native")
     assert torch.equal(pictures(sfumato.load(tmp_path / "native")), ours)
+
+
+@pytest.mark.parametrize(("layout", "name"), [("dit", "a.safetensors"), ("dit-diffusers", "a")])
+def test_a_write_that_fails_leaves_what_was_there(layout, name, tmp_path, monkeypatch):
+    plain = DiTConfig(width=16, depth=1, heads=2, num_classes=3, out_channels=8)
+    net = DiT(NET if layout == "dit-diffusers" else plain)
+    sfumato.save_nets({"net": net}, tmp_path / name, layout=layout)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(path, tensors, dtype):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(foreign, "write_safetensors", full)
+    with pytest.raises(ValueError, match=rf"cannot write .*{name}: No space left on device"):
+        sfumato.save_nets({"net": net}, tmp_path / name, layout=layout)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
