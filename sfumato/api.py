@@ -14,8 +14,9 @@ from torch import nn
 from sfumato.checkpoints.foreign import CONFIG, INDEX, Foreign, read_foreign, read_json, read_text, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
-from sfumato.systems.adapting import adapted, guided_by
+from sfumato.systems.adapting import adapted
 from sfumato.systems.cascade import deferred, joined
+from sfumato.systems.guiding import guided_by
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
@@ -38,8 +39,8 @@ def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     text: str | Path | System | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    adapter: str | Path | None = None,
-    adapter_scale: float = 1.0,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter_scale: float | Sequence[float] = 1.0,
 ) -> System:
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
@@ -50,8 +51,9 @@ def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
             system, with which it then shares them.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
-        adapter: adapter.safetensors of a run on this system, merged into its weights.
-        adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
+        adapter: adapter.safetensors of a run on this system or LoRA files of other programs, merged into its
+            weights.
+        adapter_scale: factor on what it changes, for all or for each; 1 = as trained, 0 = nothing.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """

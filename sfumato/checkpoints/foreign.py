@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights, write_safetensors
+from sfumato.checkpoints.kinds import looks_like
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.native import staging
@@ -306,7 +307,8 @@ def _tensors(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, v in content.items():
         if not isinstance(v, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(v).__name__}; expected names of tensors")
+            hint = looks_like(content) or "expected names of tensors"
+            raise ValueError(f"{path}: {name!r} is a {type(v).__name__}; {hint}")
         state[name] = v
     return state
 
@@ -375,6 +377,5 @@ def _layout(state: Mapping[str, Tensor], wanted: str | None, path: Path) -> str:
         if kind.fits(shapes):
             return name
     first = ", ".join(map(repr, list(state)[:2])) or "none"
-    raise ValueError(
-        f"{path}: its tensors ({first}, ...) are of no known layout; allowed: {', '.join(LAYOUTS)}"
-    )
+    hint = looks_like(state) or f"allowed: {', '.join(LAYOUTS)}"
+    raise ValueError(f"{path}: its tensors ({first}, ...) are of no known layout; {hint}")

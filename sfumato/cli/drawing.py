@@ -61,13 +61,15 @@ class Drawing:
         """Of all stages."""
         return sum(options.steps for options in self.options.values())
 
-    def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
+    def draw(
+        self, system: System, observe: Observer | None = None, hints: list[Image.Image] | None = None
+    ) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
         # SDXL takes no negative prompt for another thing than an empty one.
         request: Request = {"negative": self.negative} if self.negative else {}
         request |= {"reading": self.reading} if self.reading else {}
         request |= {} if self.label is None else {"label": [self.label]}
-        request |= {"size": self.size, "options": self.options}
+        request |= {"size": self.size, "options": self.options, "hint": hints}
         return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 
 

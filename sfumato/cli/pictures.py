@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from sfumato.cli.additions import Additions, hints_of, opened
 from sfumato.cli.output import check_writable, paths_for
 from sfumato.cli.parsing import parse, size_of
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from sfumato.cli.drawing import Drawing
@@ -32,7 +32,7 @@ DIFFERENT = 1  # exit code of a rerun that did not give the same file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(Additions):
     """Draw pictures of a prompt.
 
     Writes PNG files that carry how they were made, and prints their paths.
@@ -70,18 +70,12 @@ class Generate:
     """Print JSON instead of paths."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
-    adapter: Path | None = None
-    """adapter.safetensors of a run on this system."""
-    adapter_scale: float = 1.0
-    """How strongly the adapter acts; 1 = as trained."""
-    guide: tuple[Path, ...] = ()
-    """What guides the system: file or run of a noisy classifier, or the files of a noised CLIP."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rerun:
+class Rerun(Additions):
     """Draw a picture again from what its file says, and compare.
 
     Exit code 0 if the new file has the same bytes, 1 if not.
@@ -95,12 +89,6 @@ class Rerun:
     """Print JSON."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
-    adapter: Path | None = None
-    """adapter.safetensors of a run on this system."""
-    adapter_scale: float = 1.0
-    """How strongly the adapter acts; 1 = as trained."""
-    guide: tuple[Path, ...] = ()
-    """What guides the system: file or run of a noisy classifier, or the files of a noised CLIP."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -143,9 +131,10 @@ def _generate(flags: Generate, world: World) -> int:
     for path in (*paths, *([sheet] if sheet else [])):
         check_writable(path)
     started = time.perf_counter()
-    system = world.agree(lambda: _load(flags.system, world.device(flags.device), flags))
+    system = world.agree(lambda: opened(flags, flags.system, world.device(flags.device)))
+    hints = hints_of(flags)
     drawings = _drawings(flags, system, size, seeds)
-    images = _draw_all(system, drawings, paths, world, show=None if flags.json else _print_path)
+    images = _draw_all(system, drawings, paths, world, hints=hints, show=None if flags.json else _print_path)
     if not world.leads:
         return 0
     if sheet is not None:
@@ -178,10 +167,10 @@ def rerun(args: list[str]) -> int:
     record = read_record(flags.image)
     drawing = drawing_of(record, flags.image)
     check_writable(out)
-    system = _load(flags.system, flags.device, flags)
+    system = opened(flags, flags.system, flags.device)
     _compare_systems(flags.image, record.get("system"), system)
     with _progress(drawing.steps) as observe:
-        image = drawing.draw(system, observe)
+        image = drawing.draw(system, observe, hints_of(flags))
     old, new = flags.image.read_bytes(), encoded(image, drawing, system)
     verdict = "same bytes" if old == new else _difference(flags.image, image)
     write_whole(out, new)
@@ -194,6 +183,7 @@ def rerun(args: list[str]) -> int:
 
 def reconstruct(args: list[str]) -> int:
     """`sfumato reconstruct`."""
+    from sfumato.api import load as load_system
     from sfumato.core.image import center_crop, load
     from sfumato.core.png import save_png
 
@@ -202,7 +192,7 @@ def reconstruct(args: list[str]) -> int:
     out = flags.out or Path("out") / f"{flags.image.stem}-reconstruction.png"
     check_writable(out)
     original = load(flags.image)
-    system = _load(flags.system, flags.device)
+    system = load_system(flags.system, device=flags.device)
     image = system.reconstruct(original, size=size)
     psnr = _psnr(center_crop(original, (image.height, image.width)), image)
     save_png(out, image, text=system.about.notice)
@@ -211,15 +201,6 @@ def reconstruct(args: list[str]) -> int:
     else:
         print(f"{out}\nPSNR {psnr:.2f} dB")
     return 0
-
-
-def _load(path: Path | None, device: str | torch.device, flags: Generate | Rerun | None = None) -> System:
-    from sfumato.api import guided, load
-
-    if flags is None:
-        return load(path, device=device)
-    system = load(path, device=device, adapter=flags.adapter, adapter_scale=flags.adapter_scale)
-    return guided(system, *flags.guide, device=device) if flags.guide else system
 
 
 def _print_path(path: Path) -> None:
@@ -258,6 +239,7 @@ def _draw_all(
     drawings: list[Drawing],
     paths: list[Path],
     world: World,
+    hints: list[Image.Image] | None,
     show: Callable[[Path], None] | None,
 ) -> list[Image.Image]:
     """Draw and write one picture after the other, so that what is done stays if the rest is interrupted."""
@@ -267,7 +249,7 @@ def _draw_all(
     images, mine = [], world.share(len(drawings))
     with _progress(sum(drawings[i].steps for i in mine)) as observe:
         for i in mine:
-            image = drawings[i].draw(system, observe)
+            image = drawings[i].draw(system, observe, hints)
             write_whole(paths[i], encoded(image, drawings[i], system))
             images.append(image)
             if show is not None:

@@ -1,9 +1,9 @@
-"""Pictures as conditioning: a low-resolution picture to enlarge, a masked one to complete."""
+"""Pictures as conditioning: a low-resolution picture to enlarge, a masked one to complete, hints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
-__all__ = ["Inpaint", "LowRes", "checked_level", "enlarging", "fitted", "shrink_mask"]
+__all__ = ["Hint", "Inpaint", "LowRes", "checked_level", "enlarging", "fitted", "shrink_mask"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,30 @@ class Inpaint:
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """`cond` itself: the picture is never dropped."""
         return cond
+
+
+@dataclass(frozen=True)
+class Hint:
+    """The pictures that ControlNets read.
+
+    Attributes:
+        guess: of each ControlNet, whether it leaves alone what guidance leaves behind.
+    """
+
+    guess: tuple[bool, ...]
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Fields hint (n, K, H, W) in [0, 1] and, for guess mode, control. Raises: ValueError without one."""
+        if inputs.hint is None:
+            raise ValueError(f"{len(self.guess)} ControlNets read a picture each, and there is no hint")
+        control = inputs.hint.new_ones(inputs.n, len(self.guess)) if any(self.guess) else None
+        return Conditioning(hint=(inputs.hint + 1) / 2, control=control)
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """The picture stays; in guess mode it does not act."""
+        if cond.control is None:
+            return cond
+        return replace(cond, control=cond.control * (1 - cond.control.new_tensor(self.guess)))
 
 
 def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -23,6 +24,7 @@ __all__ = [
     "contents",
     "cover",
     "decode",
+    "edges",
     "from_pil",
     "grid",
     "load",
@@ -47,6 +49,22 @@ class PictureFile(Protocol):
     """A file on disk (a `Path`) or within an archive; `str` names it in messages."""
 
     def read_bytes(self) -> bytes: ...
+
+
+def edges(image: Tensor, threshold: float = 0.25) -> Tensor:
+    """White edges on black: where the gradient of the brightness (Sobel) exceeds a threshold.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        threshold: per pixel; from black to white is 2.
+
+    Returns: (B, 3, H, W), -1 or 1.
+    """
+    gray = F.pad(image.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = gray.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    steep = F.conv2d(gray, kernels).square().sum(1, keepdim=True).sqrt() > threshold
+    return (2 * steep.to(image) - 1).expand_as(image)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ class Conditioning:
     aug: Tensor | None = None
     """(B,) noise-augmentation level of `concat` or `image_embed`."""
     hint: Tensor | None = None
-    """(B, K, H, W) ControlNet picture(s) at pixel resolution."""
+    """(B, K, H, W) ControlNet picture(s) in [0, 1] at pixel resolution, side by side in the channels."""
+    control: Tensor | None = None
+    """(B, n) how much each ControlNet acts on each row; None = all fully."""
     kv: KeysValues | None = None
     """Keys and values of `tokens` for each attention layer that reads them, from the net's `prepare`."""
 
@@ -175,6 +177,7 @@ class Inputs:
     strength: float = 1.0
     """How much of the walk an edit repeats, in (0, 1]."""
     hint: Tensor | None = None
+    """(n, K, H, W): the pictures that ControlNets read, side by side in the channels."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     aug: Tensor | None = None

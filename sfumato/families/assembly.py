@@ -28,6 +28,11 @@ __all__ = [
     "write_system",
 ]
 
+# What becomes of networks that come without a denoiser.
+ALONE = {
+    "control": "this is a ControlNet: add it to a system of its base with --control, or systems.adapting",
+    "vae": "this is a first stage: give it as vae with the file of a denoiser",
+}
 SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, which others took over
 
 ASSEMBLIES: Registry[Callable[[Foreign], System]] = Registry("layout of a system")
@@ -62,7 +67,8 @@ PUBLICATIONS: Registry[Callable[[System], Publication]] = Registry("layout that 
 def system_of(found: Foreign) -> System:
     """The system of the nets that were found. Raises: ValueError if they make none."""
     if "net" not in found.nets:
-        raise ValueError(f"there is no denoiser among {', '.join(found.nets)}; load it with load_nets")
+        what = [ALONE[name] for name in found.nets if name in ALONE] or ["load it with load_nets"]
+        raise ValueError(f"there is no denoiser among {', '.join(found.nets)}; {what[0]}")
     return ASSEMBLIES[found.layouts["net"]](found)
 
 

@@ -174,6 +174,25 @@ def openmoji_lora() -> Recipe:
     )
 
 
+@RECIPES("openmoji-control")
+def openmoji_control() -> Recipe:
+    """A ControlNet that draws along edges, for the result of openmoji-unet; the settings are untried.
+
+    The bundled system is a DiT, which a ControlNet cannot steer: train openmoji-unet first.
+    """
+    full = openmoji_lora()
+    assert isinstance(full.task, DenoisingConfig)
+    return replace(
+        full,
+        name="openmoji-control",
+        task=replace(full.task, init=RUNS / "openmoji-unet", lora=None, control="edges"),
+        data=replace(OPENMOJI, even="concept"),
+        optim=replace(full.optim, lr=3e-4),
+        trainer=replace(full.trainer, images=64_000),
+        about=about("A ControlNet for text-to-image latent diffusion on OpenMoji: drawn along edges."),
+    )
+
+
 def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
     """Linear flow on normalised latent means, text tower trained jointly.
 
@@ -308,3 +327,11 @@ def toy_lora() -> Recipe:
         full.task, init=RUNS / "toy-dit", lora=LoraConfig(rank=2), sampling=replace(SAMPLING, steps=2)
     )
     return toy(full, task)
+
+
+@RECIPES("toy-control")
+def toy_control() -> Recipe:
+    """Tiny twin of openmoji-control, on the result of toy-unet."""
+    full = openmoji_control()
+    assert isinstance(full.task, DenoisingConfig)
+    return toy(full, replace(full.task, init=RUNS / "toy-unet", sampling=replace(SAMPLING, steps=2)))

@@ -17,6 +17,7 @@ from sfumato.families.schedulers import Sampling, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
+from sfumato.systems.adapting import controlled
 from sfumato.systems.conditioning import ClipTextConfig, TowerConfig
 from sfumato.systems.config import About, StageConfig, SystemConfig
 from sfumato.systems.system import System, assemble
@@ -60,6 +61,12 @@ def _first(found: Foreign) -> System:
     said = found.settings["net"]["parameterization"] or "eps"
     sampling = replace(sampling_of(SCHEDULER, steps=STEPS, guidance=GUIDANCE), parameterization=str(said))
     return stable_system(found, sampling, "Read from a single file.")
+
+
+@ASSEMBLIES("sd1-control-compvis")
+def _steered(found: Foreign) -> System:
+    """The same with the ControlNet that is in the file."""
+    return controlled(_first(found), found.nets["control"])
 
 
 @ASSEMBLIES("sd2-compvis")

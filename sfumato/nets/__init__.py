@@ -61,6 +61,7 @@ NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
         "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
+        "controlnet": ("controlnet", "ControlNetConfig", "ControlNet"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),

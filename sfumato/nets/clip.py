@@ -19,7 +19,12 @@ Activation = Literal["quick", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """Shape of the text tower; `embed` is the width of the shared space, 0 = no projection into it."""
+    """Shape of the text tower.
+
+    Args:
+        embed: width of the shared space, 0 = no projection into it.
+        end: id of the end token; None = the highest of a text, which it is in the published vocabulary.
+    """
 
     vocab: int = 49408
     context: int = 77
@@ -29,6 +34,7 @@ class CLIPTextConfig:
     hidden: int = 3072
     embed: int = 768
     activation: Activation = "quick"
+    end: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,7 @@ class CLIPText(nn.Module):
         self.projection = nn.Linear(c.width, c.embed, bias=False) if c.embed else None
 
     def forward(self, ids: Tensor) -> TextStates:
-        """Ids (B, L) int64. The end token is the first with the highest id, as in the published code.
+        """Ids (B, L) int64. The first end token is the one that is pooled, as in the published code.
 
         Raises: ValueError if L exceeds the context.
         """
@@ -101,7 +107,8 @@ class CLIPText(nn.Module):
         for block in self.blocks:
             states.append(block(states[-1], causal=True))
         last = self.norm(states[-1])
-        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
+        ends = (ids if self.config.end is None else (ids == self.config.end).int()).argmax(1)
+        pooled = last[torch.arange(len(ids), device=ids.device), ends]
         embedding = pooled if self.projection is None else self.projection(pooled)
         return TextStates(tuple(states), last, pooled, embedding)
 

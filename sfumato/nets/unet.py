@@ -23,7 +23,7 @@ from sfumato.nets.blocks import (
 )
 from sfumato.nets.embedding import Embedding, EmbeddingConfig, Tokens, TokensConfig
 
-__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels"]
+__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels", "skip_widths"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +155,11 @@ class Encoder(nn.Module):
                 self.blocks.append(UNetBlock(resample=build.down(width)))
         self.middle = nn.ModuleList([build.block(width, width, c.middle), build.block(width, width, None)])
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
-        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it."""
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor | None = None) -> Encoded:
+        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it; `hint` is added after conv_in."""
         context = self.context(t, cond)
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
+        h = h if hint is None else h + hint
         skips = [h]
         for block in self.blocks:
             h = block(h, context)
@@ -186,7 +187,7 @@ class UNet(nn.Module):
         self.config = config
         self.encoder = Encoder(c)
         self.decoder = nn.ModuleList()
-        skips, width = _skip_widths(c), c.levels[-1].channels
+        skips, width = skip_widths(c), c.levels[-1].channels
         for i, level in reversed(list(enumerate(c.levels))):
             for n in reversed(range(level.blocks + (level.blocks > 0))):
                 up = build.up(level.channels) if i > 0 and n == 0 else None
@@ -215,9 +216,13 @@ class UNet(nn.Module):
 
         Raises: ValueError if x has other channels or sides, or a conditioning that the net needs is missing.
         """
+        return self.decode(self.encoded(x, t, cond))
+
+    def encoded(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
+        """The descending half with the middle; arguments and errors as of `forward`."""
         cond = self.prepare(cond)
         self._check(x, cond)
-        return self.decode(self.encoder(x, t, cond))
+        return self.encoder(x, t, cond)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The ascending half: every block reads the skip of its mirror image."""
@@ -273,7 +278,7 @@ class BlockFactory:
         return Upsample(channels)
 
 
-def _skip_widths(config: UNetConfig) -> list[int]:
+def skip_widths(config: UNetConfig) -> list[int]:
     """Width of every entry of `Encoded.skips`."""
     widths = [config.levels[0].channels]
     for i, level in enumerate(config.levels):

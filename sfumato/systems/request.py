@@ -53,6 +53,8 @@ class Request(TypedDict, total=False):
     """Picture to enlarge, or (n, 3, h, w) in [-1, 1]: the first stage that runs is the one that reads it."""
     aug: float
     """Noise on the picture to enlarge, 0 to 1, where the stage is told of it; else the stage's own."""
+    hint: Image.Image | Tensor | Sequence[Image.Image] | None
+    """What ControlNets read: a picture for each, or (n, K, H, W) in [-1, 1] with all side by side."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
     only: Collection[str]
@@ -105,6 +107,7 @@ def inputs_for(
         strength=request.get("strength", 1.0),
         low_res=_picture(request.get("low_res"), None, count * n),
         aug=None if "aug" not in request else torch.full((count * n,), float(request["aug"])),
+        hint=_hint(request.get("hint"), target, count * n),
     )
 
 
@@ -244,6 +247,15 @@ def _picture(image: Image.Image | Tensor | None, size: Size | None, n: int) -> T
     if isinstance(image, Image.Image):
         image = to_float(from_pil(image if size is None else center_crop(image.convert("RGB"), size)))
     return None if image is None else _rows(image, n)
+
+
+def _hint(
+    hint: Image.Image | Tensor | Sequence[Image.Image] | None, size: Size | None, n: int
+) -> Tensor | None:
+    """One picture after the other in the channels."""
+    if hint is None or isinstance(hint, Image.Image | Tensor):
+        return _picture(hint, size, n)
+    return torch.cat([one for picture in hint if (one := _picture(picture, size, n)) is not None], dim=1)
 
 
 def _mask(mask: Image.Image | Tensor | None, size: Size | None, n: int) -> Tensor | None:

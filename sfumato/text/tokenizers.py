@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 __all__ = ["Tokenizer", "packages", "unpacked"]
@@ -73,6 +74,28 @@ class Tokenizer:
         ]
         return [w.lstrip(SPACE) for w in words if self._engine.token_to_id(w) is None]
 
+    def taught(self, word: str, count: int) -> tuple[Tokenizer, list[int]]:
+        """The same with one word more, which becomes `count` new ids, and these.
+
+        Texts have the word replaced by characters for private use, one for each id, so that it works in the
+        engine's own file.
+
+        Raises: ValueError for a word that was taught before, or none.
+        """
+        engine = Engine.from_str(self.to_json())
+        old = engine.normalizer
+        plain = old.normalize_str(word).strip() if old is not None else word
+        if not plain or any(ord(c) >= PRIVATE for c in plain):
+            raise ValueError(f"the word {word!r} was taught before, or is none; choose another")
+        signs = [chr(PRIVATE + self.vocab_size + i) for i in range(count)]
+        before = r"(?<!\w)" if re.match(r"\w", plain) else ""
+        after = r"(?!\w)" if re.match(r"\w", plain[-1]) else ""
+        swap = normalizers.Replace(Regex(before + re.escape(plain) + after), "".join(signs))
+        engine.normalizer = swap if old is None else normalizers.Sequence([old, swap])
+        engine.add_tokens([AddedToken(sign, normalized=True) for sign in signs])
+        first = self.vocab_size
+        return Tokenizer(engine, self.context), list(range(first, first + count))
+
     def to_json(self) -> str:
         """The content of a `tokenizer.json`; truncation in it carries `context`."""
         return str(self._engine.to_str())
@@ -111,6 +134,7 @@ class Tokenizer:
         return Tokenizer(engine, context)
 
 
+PRIVATE = 0xF0000  # the first of 65,534 characters that stand for nothing
 SPACE = "\u2581"  # the mark that Metaspace puts in front of a word
 
 

@@ -13,6 +13,7 @@ from sfumato.families import RECIPES
 from sfumato.nets import NETS
 from sfumato.nets.classifier import NoisyClassifierConfig
 from sfumato.nets.clip import CLIPText, CLIPTextConfig
+from sfumato.nets.controlnet import ControlNet, ControlNetConfig
 from sfumato.nets.discriminator import Discriminator
 from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.nets.lora import (
@@ -79,6 +80,7 @@ def small_net(tag):
     configs = {
         "autoencoder": tasks["autoencoder"].net,
         "clip_text": CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16),
+        "controlnet": ControlNetConfig(encoder=tasks["unet"].net, hint_widths=(4, 8)),
         "discriminator": tasks["autoencoder"].discriminator,
         "dit": tasks["dit"].net,
         "mlp": tasks["prior"].net,
@@ -169,7 +171,9 @@ def called(net):
             return net(torch.arange(10).view(2, 5)).last
         if isinstance(net, Discriminator):
             return net(x)
-        return net(x[:, :, 0, :4].flatten(1) if isinstance(net, MLP) else x, t, cond)
+        cond = replace(cond, hint=torch.rand(2, 3, 64, 64, generator=g))
+        out = net(x[:, :, 0, :4].flatten(1) if isinstance(net, MLP) else x, t, cond)
+        return out.middle if isinstance(net, ControlNet) else out
 
 
 def test_adapters_add_up_with_their_weights_merged_or_not(net):

@@ -81,6 +81,7 @@ NET = tuple(
     f"{UNET.prefix}{n}.weight" for n in ("input_blocks.0.0", "middle_block.1.proj_in", "time_embed.0")
 )
 FIRST_STAGE = f"{VAE.prefix}decoder.up.0.block.0.conv1.weight"
+CONTROLLED = ("control_model.",)  # with these a file is one of the layouts in `controlnet`
 OPENAI, OPEN = "<|endoftext|>", "!"  # what short texts are filled with
 MARKERS: dict[str, Settings] = {"v_pred": {"parameterization": "v"}, "ztsnr": {"zero_snr": True}}
 Tower = tuple[Part[CLIPTextConfig], str, str]
@@ -104,10 +105,12 @@ def _whole(towers: tuple[Tower, ...]) -> Layout:
         name.replace("text_encoder", "tokenizer"): OPENAI if part is FIRST else OPEN
         for part, name, _ in towers
     }
-    return Layout((UNET, VAE, *parts), (*NET, FIRST_STAGE, *marks), pads=pads, markers=MARKERS)
+    return Layout(
+        (UNET, VAE, *parts), (*NET, FIRST_STAGE, *marks), pads=pads, markers=MARKERS, absent=CONTROLLED
+    )
 
 
 # Of those that fit a file the first is meant: the whole before its U-Net alone.
 for _name, _towers in TOWERS.items():
     LAYOUTS(_name)(_whole(_towers))
-LAYOUTS("unet-compvis")(Layout((UNET,), NET, markers=MARKERS))
+LAYOUTS("unet-compvis")(Layout((UNET,), NET, markers=MARKERS, absent=CONTROLLED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.adapters import write_adapters
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
-from sfumato.core.image import to_float
+from sfumato.core.image import edges, to_float
 from sfumato.core.png import write_whole
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
@@ -20,12 +21,13 @@ from sfumato.core.world import World
 from sfumato.diffusion.sampling import NotFinite
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
+from sfumato.nets.controlnet import fresh_control
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.t5 import T5Config, T5Encoder
 from sfumato.nets.text import TextTransformer
-from sfumato.nets.unet import UNetConfig
+from sfumato.nets.unet import UNet, UNetConfig
 from sfumato.systems.conditioning import ConditionerConfig, InpaintConfig, LabelConfig, TokenTextConfig
-from sfumato.systems.config import StageConfig, SystemConfig
+from sfumato.systems.config import ControlConfig, StageConfig, SystemConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
@@ -39,6 +41,7 @@ from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
 
+HINTS = {None: None, "edges": edges}  # what a ControlNet reads, of the pictures of the data
 PROMPTS = 16  # captions or classes that the previews draw if the recipe names none
 
 
@@ -91,7 +94,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         base.check(config)
     if config.text is not None or (base is not None and base.text is not None):
         check_captions(place.pictures)
-    source = source_of(recipe, config, place, base)
+    source = source_of(recipe, _pictured(recipe, config), place, base)
     built = _frozen(_build(config, place, base), config)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
@@ -102,7 +105,7 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         return Parts({**source.frozen, **built.whole(averaged)}, built.tokenizers)
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
-        return Folder(parts(averaged), to_json(system), to_json(place.about), place.card)
+        return Folder(*_published(parts(averaged), system), to_json(place.about), place.card)
 
     def beside(averaged: Mapping[str, nn.Module]) -> None:
         adapters = {name: a for name, a in averaged.items() if isinstance(a, Adapter)}
@@ -121,6 +124,13 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
         stage = replace(stage, conditioner=texts)
     return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
+
+
+def _published(parts: Parts, system: SystemConfig) -> tuple[Parts, dict[str, Any]]:
+    """All of it; or a ControlNet alone, which is added to its base."""
+    if "control" in parts.nets:
+        return Parts({"control": parts.nets["control"]}), {}
+    return parts, to_json(system)
 
 
 def _learns(net: nn.Module) -> bool:
@@ -146,6 +156,7 @@ def _task(
         memories={} if base is None else {"base": BaseMark(base)},
     )
     task.holes = config.holes
+    task.hint = HINTS[config.control]
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -167,10 +178,32 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
         tokenizers["text"] = Tokenizer.from_json(place.world.lead(lambda: _vocabulary(place, vocab, context)))
         shape = replace(config.text, vocab_size=tokenizers["text"].vocab_size)
         nets["text"] = T5Encoder(shape) if isinstance(shape, T5Config) else TextTransformer(shape)
+    if config.control is not None:
+        nets["control"] = _control(base)
     settle(nets, place.device)
     for net in nets.values():
         net.train()
     return Built(nets, tokenizers)
+
+
+def _pictured(recipe: Recipe, config: DenoisingConfig) -> DenoisingConfig:
+    """The same without cached latents where hints are made of pictures."""
+    if config.control is None:
+        return config
+    if recipe.validation.split or recipe.validation.share:
+        raise ValueError("a ControlNet has no validation loss; leave out validation.split and share")
+    return replace(config, cache=False)
+
+
+def _control(base: Base | None) -> nn.Module:
+    """A fresh ControlNet for the net of a base. Raises: ValueError if that is no U-Net."""
+    assert base is not None
+    if not isinstance(base.net, UNet):
+        raise ValueError(
+            f"{base.path} draws with a {type(base.net).__name__}, and a ControlNet steers a U-Net: set "
+            "task.init to the run of `sfumato train openmoji-unet`, or another system with one"
+        )
+    return fresh_control(base.net, 1 if base.autoencoder is None else base.autoencoder.config.factor)
 
 
 def _net(config: DenoisingConfig, base: Base | None) -> nn.Module:
@@ -191,6 +224,9 @@ def _frozen(built: Built, config: DenoisingConfig) -> Built:
         raise ValueError(f"task.{name} is about a text tower, and the system of task.init has none")
     if config.freeze_text:
         built.nets["text"].requires_grad_(False).eval()
+    if config.control is not None:
+        for name, net in built.nets.items():
+            net.requires_grad_(name == "control").train(name == "control")
     if not config.adapts:
         return built
     wanted = {"denoiser": config.lora, "text": config.lora_text}
@@ -219,6 +255,7 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
         parameterization=config.prediction,
         learned_var=config.learned_var,
         conditioners=tuple(conditioners),
+        controls=(ControlConfig(),) if config.control is not None else (),
         codec=source.codec,
         shape=source.shape,
         emits="image" if source.vectors is None else "image_embed",
@@ -239,7 +276,11 @@ def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
     prompts = config.prompts or spread(pictures.texts, PROMPTS)
     known = classes is not None and not config.prompts
     label = torch.tensor(spread(pictures.labels, PROMPTS)) if known else None
-    return Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
+    told = Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
+    if "control" not in built.nets:
+        return told
+    rows = spread(range(len(pictures)), PROMPTS)[: told.n]
+    return replace(told.rows(range(len(rows))), hint=edges(to_float(pictures.images(list(rows)))))
 
 
 def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
@@ -291,8 +332,8 @@ def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
     # One sample through all of it, with times that do not learn from it.
     objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        picture, hole = (torch.zeros(1, n, *(stage.pixels or (1, 1))) for n in (3, 1))
-        inputs = Inputs(n=1, text=("",), image=picture, mask=hole)
+        picture, hole = (torch.zeros(1, n, *(stage.pixels or (1, 1)), device=stage.device) for n in (3, 1))
+        inputs = Inputs(n=1, text=("",), image=picture, mask=hole, hint=picture)
         cond = stage.conditioner(inputs, Noise([0])).to(stage.device)
         try:
             objective(stage.denoiser, x0, cond, Noise([0]))

@@ -77,6 +77,8 @@ class DenoisingConfig:
         freeze_text: leave the text tower of `init` as it is.
         lora: train low-rank adapters of the net of `init` instead of the whole system.
         lora_text: the same for its text tower.
+        control: train a ControlNet for the U-Net of `init`, and nothing else, on what is made of the
+            pictures: "edges", see `core.image.edges`.
     """
 
     kind: Literal["denoising"] = "denoising"
@@ -102,6 +104,7 @@ class DenoisingConfig:
     freeze_text: bool = False
     lora: LoraConfig | None = None
     lora_text: LoraConfig | None = None
+    control: Literal["edges"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -130,10 +133,15 @@ class DenoisingConfig:
 
     def _check_init(self) -> None:
         if self.init is None:
-            wants = [n for n in ("partial", "freeze_text", "lora", "lora_text") if getattr(self, n)]
+            names = ("partial", "freeze_text", "lora", "lora_text", "control")
+            wants = [n for n in names if getattr(self, n)]
             wants += ["no net"] if self.net is None else []
             if wants:
                 raise ValueError(f"{wants[0]} needs init, the folder of a trained system or of its run")
+        elif self.control is not None and (self.adapts or self.partial or self.net is not None):
+            raise ValueError(
+                "control leaves the net of init as it is: set net to None, and leave out lora and partial"
+            )
         elif self.partial and self.adapts:
             raise ValueError("partial leaves fresh layers, and lora does not train them; choose one")
         elif self.freeze_text and self.lora_text is not None:
@@ -166,6 +174,7 @@ class Denoising:
         memories: further state of the run.
 
     Attributes:
+        hint: pictures (B, 3, H, W) -> what a ControlNet reads, if one is trained; set by the job.
         embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
             the job, for the validation of the run.
         holes: whether every picture comes with a hole to be filled; set by the job.
@@ -173,6 +182,7 @@ class Denoising:
 
     embed: Callable[[Tensor], Tensor] | None = None
     holes = False
+    hint: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -207,7 +217,8 @@ class Denoising:
         """See Task."""
         x0 = self.clean(batch, noise)
         image, mask = (x0, holes_in(x0, noise)) if self.holes else (batch.images, None)
-        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, image=image, mask=mask)
+        hint = None if self.hint is None else self.hint(batch.pictures)
+        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, image=image, mask=mask, hint=hint)
         if self.augments:
             inputs = replace(inputs, aug=noise.uniform(torch.empty(len(batch))))
         cond = self.conditioner(inputs, noise).to(x0.device)
