@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_net
 
 INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
+# Folders of a pipeline whose net is "net" or "vae"; of other folders it has the folder's name.
+DENOISERS, FIRST_STAGES = ("unet", "transformer", "decoder"), ("vae", "vqvae")
 WRITTEN = (".pt", ".safetensors")
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
 TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
@@ -154,6 +156,8 @@ def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any],
     """Every part of the layout with its net."""
     parts = LAYOUTS[layout].parts
     classes = [part.build for part in parts if isinstance(part.build, type)]
+    if len(set(classes)) < len(classes) and {part.name for part in parts} == set(nets):
+        return [(part, nets[part.name]) for part in parts]
     for net in nets.values():
         if not isinstance(net, tuple(classes)):
             raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
@@ -194,14 +198,13 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
             continue
-        if name == "scheduler":
+        if name.endswith("scheduler"):
             found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
-        elif (layout := _of_class(str(entry[1]))) is not None:
-            given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(path / name, layout, given)
-            found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
+        elif _of_class(str(entry[1])):
+            part = _read_folder(path / name, None, config if name in DENOISERS else {})
+            found += part if name in (*DENOISERS, *FIRST_STAGES) else part.named(name)
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / INDEX} names no model that sfumato reads; it reads {', '.join(classes)}")
@@ -211,17 +214,21 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
 def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     told = read_json(path / CONFIG)
     name = str(told.get("_class_name") or (told.get("architectures") or [""])[0])
-    layout = layout or _of_class(name)
-    if layout is None:
+    allowed = [layout] if layout else _of_class(name)
+    if not allowed:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
+    state = _folder_weights(path)
+    shapes = {name: tuple(v.shape) for name, v in state.items()}
+    layout = next((one for one in allowed if LAYOUTS[one].fits(shapes)), allowed[0])
     known = LAYOUTS[layout].parts[0].known
     given = {k: v for k, v in told.items() if k in known} | dict(config)
-    return _read_state(_folder_weights(path), layout, given, path)
+    return _read_state(state, layout, given, path)
 
 
-def _of_class(name: str) -> str | None:
-    return next((layout for layout, kind in LAYOUTS.items() if kind.diffusers == name), None)
+def _of_class(name: str) -> list[str]:
+    """The layouts of a class of diffusers."""
+    return [layout for layout, kind in LAYOUTS.items() if kind.diffusers == name]
 
 
 def _folder_weights(path: Path) -> dict[str, Tensor]:
@@ -273,7 +280,8 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     kind = LAYOUTS[name]
     config = {**kind.files.get(path.stem, {}), **config}
     found = Foreign({}, {}, {})
-    for part in kind.parts:
+    prefixed = any(n.startswith(part.prefix) for part in kind.parts for n in state)
+    for part in kind.parts if prefixed else [replace(part, prefix="") for part in kind.parts]:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
         own = {part.renamed(n): v for n, v in own.items()}
         of_all = part.name == "net" or len(kind.parts) == 1

@@ -41,26 +41,28 @@ class Tower:
                 f"skip is {self.skip} for a text tower of {depth} blocks; allowed: 0 to {depth - 1}"
             )
 
-    def read(self, texts: Sequence[str]) -> tuple[Tensor, TextStates]:
-        """Tokens (B, L, width), and everything that the tower computed."""
-        device = self.encoder.positions.device
-        found = self.encoder(self.tokenizer(texts)[0].to(device))
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, TextStates, Tensor]:
+        """Tokens (B, L, width), everything that the tower computed, and (B, L) bool where there is text."""
+        ids, mask = (v.to(self.encoder.positions.device) for v in self.tokenizer(texts))
+        found = self.encoder(ids)
         state = found.states[-1 - self.skip]
-        return (self.encoder.norm(state) if self.norm else state), found
+        return (self.encoder.norm(state) if self.norm else state), found, mask
 
 
 @dataclass(frozen=True)
 class ClipText:
-    """Tokens of all towers side by side; the padding is read, too, as these systems were trained.
+    """Tokens of all towers side by side; the padding is read, too, as most of these systems were trained.
 
     Attributes:
         pooled: whether the projected end token of the last tower is a field, too.
         zero_null: without negative texts, what guidance leaves behind is zeros and not the empty text (SDXL).
+        mask: whether the padding is told from the text, as unCLIP's nets are trained.
     """
 
     towers: tuple[Tower, ...]
     pooled: bool = False
     zero_null: bool = False
+    mask: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields tokens and pooled of `inputs.text`; without text all pictures are unconditional.
@@ -79,10 +81,14 @@ class ClipText:
             empty = (one.map(torch.zeros_like) if self.zero_null else one).map(
                 lambda v: v.expand(inputs.n, *v.shape[1:])
             )
-        return replace(cond, tokens=empty.tokens, pooled=empty.pooled)
+        return replace(cond, tokens=empty.tokens, pooled=empty.pooled, mask=empty.mask)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Tokens and pooled of any texts, on the device of the towers."""
+        """Tokens, pooled and mask of any texts, on the device of the towers."""
         read = [tower.read(texts) for tower in self.towers]
-        tokens = torch.cat([tokens for tokens, _ in read], dim=2)
-        return Conditioning(tokens=tokens, pooled=read[-1][1].embedding if self.pooled else None)
+        _, last, mask = read[-1]
+        return Conditioning(
+            tokens=torch.cat([tokens for tokens, _, _ in read], dim=2),
+            pooled=last.embedding if self.pooled else None,
+            mask=mask if self.mask else None,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import NoiseSchedule
 
-__all__ = ["Inpaint", "LowRes", "shrink_mask"]
+__all__ = ["ImageEmbed", "Inpaint", "LowRes", "shrink_mask"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class LowRes:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: NoiseSchedule | None = None
     aug: float | None = None
+    antialias: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields concat (n, 3, factor h, factor w) and, with augmentation, aug.
@@ -46,7 +47,7 @@ class LowRes:
                 "this stage enlarges a picture, and there is none; run the stage before it or give low_res"
             )
         picture = F.interpolate(
-            inputs.low_res, scale_factor=float(self.factor), mode=self.mode, antialias=False
+            inputs.low_res, scale_factor=float(self.factor), mode=self.mode, antialias=self.antialias
         )
         if self.schedule is None or self.aug is None:
             return Conditioning(concat=picture)
@@ -59,6 +60,33 @@ class LowRes:
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """`cond` itself: the picture is never dropped."""
         return cond
+
+
+@dataclass(frozen=True)
+class ImageEmbed:
+    """The image embedding that a prior drew or a picture has.
+
+    Attributes:
+        empty: number of pictures -> the embeddings (n, D) that stand for none; None = zeros.
+    """
+
+    empty: Callable[[int], Tensor] | None = None
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field image_embed (n, D). Raises: ValueError if there is none for each picture."""
+        if inputs.image_embed is None or len(inputs.image_embed) != inputs.n:
+            found = "none" if inputs.image_embed is None else f"{len(inputs.image_embed)}"
+            raise ValueError(
+                f"this stage draws {inputs.n} pictures from image embeddings, and there is {found}; run the "
+                "prior before it, or give image_embed"
+            )
+        return Conditioning(image_embed=inputs.image_embed)
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """The embeddings that stand for none."""
+        assert cond.image_embed is not None
+        none = torch.zeros_like(cond.image_embed) if self.empty is None else self.empty(inputs.n)
+        return replace(cond, image_embed=none)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, REC
     latent,
     scenes,
     stable,
+    unclip,
 )
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES

@@ -66,8 +66,10 @@ NETS = NetTable(
         "edm2": ("edm2", "EDM2Config", "EDM2"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
+        "null_image": ("unclip", "NullImageConfig", "NullImage"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),
+        "prior": ("prior", "PriorConfig", "Prior"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
         "unet": ("unet", "UNetConfig", "UNet"),
     }

@@ -11,7 +11,7 @@ from pydantic import Field
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
-from sfumato.conditioners.image import Inpaint, LowRes
+from sfumato.conditioners.image import ImageEmbed, Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
 from sfumato.conditioners.text import TokenText
 from sfumato.core.registry import unknown
@@ -22,6 +22,7 @@ from sfumato.systems.codec import Codec
 __all__ = [
     "ClipTextConfig",
     "ConditionerConfig",
+    "ImageEmbedConfig",
     "InpaintConfig",
     "LabelConfig",
     "LowResConfig",
@@ -84,11 +85,13 @@ class ClipTextConfig:
     towers: tuple[TowerConfig, ...] = (TowerConfig(),)
     pooled: bool = False
     zero_null: bool = False
+    mask: bool = False
     kind: Literal["clip_text"] = "clip_text"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return ClipText(tuple(tower.build(parts) for tower in self.towers), self.pooled, self.zero_null)
+        towers = tuple(tower.build(parts) for tower in self.towers)
+        return ClipText(towers, self.pooled, self.zero_null, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +115,24 @@ class LowResConfig:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: ScheduleConfig | None = None
     aug: float | None = None
+    antialias: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug)
+        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.antialias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbedConfig:
+    """See conditioners.image.ImageEmbed; `empty` names a NullImage among the parts, "" = zeros."""
+
+    empty: str = ""
+    kind: Literal["image_embed"] = "image_embed"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return ImageEmbed(part_of("network", self.empty, parts.nets) if self.empty else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +148,7 @@ class InpaintConfig:
 
 
 ConditionerConfig = Annotated[
-    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
+    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | ImageEmbedConfig | InpaintConfig, Field(discriminator="kind")
 ]
 
 

@@ -10,6 +10,7 @@ from sfumato.checkpoints.layouts import (
     dit,
     edm2,
     glide,
+    karlo,
     stable_file,
     unet_diffusers,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "dit",
     "edm2",
     "glide",
+    "karlo",
     "stable_file",
     "unet_diffusers",
 ]

@@ -1,0 +1,150 @@
+"""Karlo from a folder of diffusers: the pictures of its pipelines, and folders that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+import sfumato
+from sfumato.core.random import Noise
+from sfumato.core.types import Inputs
+from sfumato.systems.request import options_for
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+from diffusers.pipelines.deprecated.unclip import pipeline_unclip, pipeline_unclip_image_variation  # noqa: E402
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel  # noqa: E402
+from diffusers.schedulers import scheduling_unclip  # noqa: E402
+
+MERGES = ["r e", "re d</w>", "h e", "a r", "he ar", "hear t</w>"]
+TEXTS, SEEDS = ["red heart", "a heart, blue"], [3, 4]
+DIM, SIZE, LARGE = 32, 8, 16
+
+
+def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["!", *(c for c in alphabet if c != "!"), *(f"{c}</w>" for c in alphabet)]
+    tokens += [*(m.replace(" ", "") for m in MERGES), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", "utf-8")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return transformers.CLIPTokenizer(*files, pad_token="!", model_max_length=12)
+
+
+def parts(words: transformers.CLIPTokenizer) -> dict[str, torch.nn.Module]:
+    """Tiny random nets of every class in a pipeline of Karlo."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": DIM, "intermediate_size": 48, "num_hidden_layers": 2, "projection_dim": DIM}
+    res = ("ResnetDownsampleBlock2D",) * 2, ("ResnetUpsampleBlock2D",) * 2
+    sizes = {"layers_per_block": 1, "block_out_channels": (32, 64)}
+    upsampler = {**sizes, "sample_size": LARGE, "in_channels": 6, "out_channels": 3, "add_attention": False}
+    upsampler |= {"down_block_types": res[0], "up_block_types": res[1]}
+    nets = {
+        "text_encoder": transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
+                vocab_size=len(words),
+                max_position_embeddings=12,
+                num_attention_heads=2,
+                eos_token_id=words.eos_token_id,
+                **tower,
+            )
+        ),
+        "image_encoder": transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(image_size=16, patch_size=8, num_attention_heads=4, **tower)
+        ),
+        "prior": diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=DIM, num_embeddings=12
+        ),
+        "text_proj": UnCLIPTextProjModel(
+            clip_extra_context_tokens=2,
+            clip_embeddings_dim=DIM,
+            time_embed_dim=4 * 32,
+            cross_attention_dim=24,
+        ),
+        "decoder": diffusers.UNet2DConditionModel(
+            **sizes,
+            sample_size=SIZE,
+            out_channels=6,
+            in_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            cross_attention_dim=24,
+            class_embed_type="identity",
+            attention_head_dim=16,
+            resnet_time_scale_shift="scale_shift",
+        ),
+        "super_res_first": diffusers.UNet2DModel(**upsampler),
+        "super_res_last": diffusers.UNet2DModel(**upsampler),
+    }
+    for net in nets.values():
+        for p in net.parameters():
+            torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.08)
+    return nets
+
+
+def pipeline(path: Path, *, varies: bool = False) -> diffusers.DiffusionPipeline:
+    """A whole pipeline, and `p` as diffusers writes it."""
+    words = tokenizer(path / "words")
+    nets = parts(words)
+    scheduler = diffusers.UnCLIPScheduler
+    schedulers = {
+        "decoder_scheduler": scheduler(variance_type="learned_range"),
+        "super_res_scheduler": scheduler(),
+    }
+    if varies:
+        del nets["prior"]
+        extractor = transformers.CLIPImageProcessor(size=16, crop_size=16)
+        build, more = pipeline_unclip_image_variation.UnCLIPImageVariationPipeline, {"feature_extractor": extractor}
+    else:
+        del nets["image_encoder"]
+        prior = scheduler(prediction_type="sample", clip_sample_range=5.0)
+        build, more = pipeline_unclip.UnCLIPPipeline, {"prior_scheduler": prior}
+    pipe = build(**nets, **schedulers, **more, tokenizer=words)
+    pipe.save_pretrained(path / "p")
+    return pipe
+
+
+def drawn(pipe: diffusers.DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, **request: object) -> torch.Tensor:
+    """What diffusers draws, (B, 3, H, W) in [0, 1], from the noise of ours."""
+    varies = "image_embeddings" in request
+    module = pipeline_unclip_image_variation if varies else pipeline_unclip
+    first = Noise(SEEDS)
+    streams = {
+        (DIM,): first,
+        (3, SIZE, SIZE): first if varies else first.fork("decoder"),
+        (3, LARGE, LARGE): first.fork("super_res_first"),
+    }
+
+    def noise(shape: torch.Size, **options: object) -> torch.Tensor:
+        return streams[tuple(shape[1:])](torch.empty(tuple(shape)))
+
+    monkeypatch.setattr(module, "randn_tensor", noise)
+    monkeypatch.setattr(scheduling_unclip, "randn_tensor", noise)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(**request, output_type="np", decoder_num_inference_steps=5).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_the_pipeline_draws_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(tmp_path)
+    expected = drawn(pipe, monkeypatch, prompt=TEXTS, prior_num_inference_steps=6)
+    system = sfumato.load(tmp_path / "p")
+    assert [stage.name for stage in system.stages] == ["prior", "decoder", "super_res_first", "super_res_last"]
+    options = {
+        name: options_for(option, {"steps": steps})
+        for (name, option), steps in zip(system.resolve().items(), (6, 5, 7, 7), strict=True)
+    }
+    done = system.run(Inputs(n=2, text=TEXTS), options, seed=SEEDS)
+    assert expected.std() > 0.05
+    torch.testing.assert_close((done.low_res + 1) / 2, expected, rtol=0, atol=1e-3)
+
+    sfumato.save(system, tmp_path / "native")
+    again = sfumato.load(tmp_path / "native").run(Inputs(n=2, text=TEXTS), options, seed=SEEDS)
+    assert torch.equal(again.low_res, done.low_res)
