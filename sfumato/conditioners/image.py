@@ -14,7 +14,7 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import NoiseSchedule
 
-__all__ = ["ImageEmbed", "Inpaint", "LowRes", "shrink_mask"]
+__all__ = ["ImageEmbed", "Inpaint", "LowRes", "shrink_mask", "unit"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,11 @@ class ImageEmbed:
 
     Attributes:
         empty: number of pictures -> the embeddings (n, D) that stand for none; None = zeros.
+        unit: bring every embedding to a mean square of 1, so that those of texts will do as well.
     """
 
     empty: Callable[[int], Tensor] | None = None
+    unit: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Field image_embed (n, D). Raises: ValueError if there is none for each picture."""
@@ -80,7 +82,7 @@ class ImageEmbed:
                 f"this stage draws {inputs.n} pictures from image embeddings, and there is {found}; run the "
                 "prior before it, or give image_embed"
             )
-        return Conditioning(image_embed=inputs.image_embed)
+        return Conditioning(image_embed=unit(inputs.image_embed) if self.unit else inputs.image_embed)
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """The embeddings that stand for none."""
@@ -115,6 +117,11 @@ class Inpaint:
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """`cond` itself: the picture is never dropped."""
         return cond
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """(n, D) with a mean square of 1 in each row."""
+    return F.normalize(embeddings, dim=1) * embeddings.shape[1] ** 0.5
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

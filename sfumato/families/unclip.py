@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-
 from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
 from sfumato.checkpoints.weights import assign, parameter_free

@@ -60,7 +60,9 @@ class NetTable(Mapping[str, NetKind]):
 NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
+        "clip": ("clip", "CLIPConfig", "CLIP"),
         "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
+        "clip_vision": ("clip", "CLIPVisionConfig", "CLIPVision"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),

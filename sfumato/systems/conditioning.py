@@ -128,11 +128,12 @@ class ImageEmbedConfig:
     """See conditioners.image.ImageEmbed; `empty` names a NullImage among the parts, "" = zeros."""
 
     empty: str = ""
+    unit: bool = False
     kind: Literal["image_embed"] = "image_embed"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return ImageEmbed(part_of("network", self.empty, parts.nets) if self.empty else None)
+        return ImageEmbed(part_of("network", self.empty, parts.nets) if self.empty else None, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,8 @@ class InpaintConfig:
 
 
 ConditionerConfig = Annotated[
-    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | ImageEmbedConfig | InpaintConfig, Field(discriminator="kind")
+    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | ImageEmbedConfig | InpaintConfig,
+    Field(discriminator="kind"),
 ]
 
 

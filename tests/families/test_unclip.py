@@ -86,6 +86,9 @@ def parts(words: transformers.CLIPTokenizer) -> dict[str, torch.nn.Module]:
     for net in nets.values():
         for p in net.parameters():
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.08)
+    nets["prior"].clip_std.data.abs_()
+    nets["decoder"].conv_out.weight.data.mul_(0.1)  # else its variances are beyond all measure
+    nets["decoder"].conv_out.bias.data.zero_()
     return nets
 
 
@@ -101,7 +104,10 @@ def pipeline(path: Path, *, varies: bool = False) -> diffusers.DiffusionPipeline
     if varies:
         del nets["prior"]
         extractor = transformers.CLIPImageProcessor(size=16, crop_size=16)
-        build, more = pipeline_unclip_image_variation.UnCLIPImageVariationPipeline, {"feature_extractor": extractor}
+        build, more = (
+            pipeline_unclip_image_variation.UnCLIPImageVariationPipeline,
+            {"feature_extractor": extractor},
+        )
     else:
         del nets["image_encoder"]
         prior = scheduler(prediction_type="sample", clip_sample_range=5.0)
@@ -111,7 +117,9 @@ def pipeline(path: Path, *, varies: bool = False) -> diffusers.DiffusionPipeline
     return pipe
 
 
-def drawn(pipe: diffusers.DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, **request: object) -> torch.Tensor:
+def drawn(
+    pipe: diffusers.DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, **request: object
+) -> torch.Tensor:
     """What diffusers draws, (B, 3, H, W) in [0, 1], from the noise of ours."""
     varies = "image_embeddings" in request
     module = pipeline_unclip_image_variation if varies else pipeline_unclip
@@ -136,7 +144,12 @@ def test_the_pipeline_draws_the_same_pictures(tmp_path: Path, monkeypatch: pytes
     pipe = pipeline(tmp_path)
     expected = drawn(pipe, monkeypatch, prompt=TEXTS, prior_num_inference_steps=6)
     system = sfumato.load(tmp_path / "p")
-    assert [stage.name for stage in system.stages] == ["prior", "decoder", "super_res_first", "super_res_last"]
+    assert [stage.name for stage in system.stages] == [
+        "prior",
+        "decoder",
+        "super_res_first",
+        "super_res_last",
+    ]
     options = {
         name: options_for(option, {"steps": steps})
         for (name, option), steps in zip(system.resolve().items(), (6, 5, 7, 7), strict=True)

@@ -13,27 +13,34 @@ from sfumato.checkpoints.adapters import write_adapters
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
 from sfumato.core.image import to_float
-from sfumato.core.png import write_whole
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.core.world import World
+from sfumato.data.degrade import degraded
 from sfumato.diffusion.sampling import NotFinite
 from sfumato.diffusion.weights import Uncertainty
 from sfumato.nets import NETS
 from sfumato.nets.lora import Adapter, LoraConfig, inject, merged_copy
 from sfumato.nets.text import TextTransformer
 from sfumato.nets.unet import UNetConfig
-from sfumato.systems.conditioning import ConditionerConfig, LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import (
+    ClipTextConfig,
+    ConditionerConfig,
+    ImageEmbedConfig,
+    LabelConfig,
+    LowResConfig,
+    TokenTextConfig,
+)
 from sfumato.systems.config import StageConfig, SystemConfig
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.batches import check_captions, check_labels
 from sfumato.training.jobs.base import Base, BaseMark, read_base, take_over
-from sfumato.training.jobs.job import Job, Place, settle, spread
-from sfumato.training.jobs.sources import Source, Vectors, source_of
+from sfumato.training.jobs.job import Job, Place, examples, settle, spread, vocabulary_of
+from sfumato.training.jobs.sources import Source, Vectors, embedding_of, source_of
 from sfumato.training.recipe import Recipe
-from sfumato.training.tasks.denoising import Denoising, DenoisingConfig
+from sfumato.training.tasks.denoising import Complete, Denoising, DenoisingConfig
 from sfumato.training.texts import remembering
 
 __all__ = ["Built", "denoising"]
@@ -72,6 +79,19 @@ class Built:
         tables = [e.features[0] for e in config.embedding.extras if e.kind == "table"]
         return next((table.dim - 1 for table in tables if table.field == "label"), None)
 
+    def beside(self, source: Source) -> Built:
+        """The same with the tokenizer of the CLIP that reads the captions."""
+        return self if source.clip is None else replace(self, tokenizers={"tokenizer": source.clip[1]})
+
+    @property
+    def told_pictures(self) -> bool:
+        """Whether the net reads an image embedding."""
+        config = getattr(self.nets["denoiser"], "config", None)
+        if not isinstance(config, UNetConfig):
+            return False
+        fields = [f.field for e in config.embedding.extras for f in e.features]
+        return "image_embed" in fields or bool(config.tokens and config.tokens.image_tokens)
+
     def whole(self, averaged: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """All nets with averages in their places, adapters merged into copies."""
         nets = dict(self.nets)
@@ -88,10 +108,9 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     base = None if config.init is None else read_base(config.init, place.device)
     if base is not None:
         base.check(config)
-    if config.text is not None or (base is not None and base.text is not None):
-        check_captions(place.pictures)
+    _check_told(config, base, place)
     source = source_of(recipe, config, place, base)
-    built = _frozen(_build(config, place, base), config)
+    built = _frozen(_build(config, place, base), config).beside(source)
     if built.num_classes is not None:
         check_labels(place.pictures, built.num_classes)
     settings = _stage(config, source, built, place.pictures.classes)
@@ -108,18 +127,47 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
         if adapters and base is not None:
             write_adapters(place.out / "adapter.safetensors", adapters, built.lora, base=base.fingerprint)
 
-    wanted = _shown(config, place, built)
+    complete = _completion(config, built, source)
+    wanted = _shown(config, place, built, complete)
 
     def draw(averaged: Mapping[str, nn.Module]) -> Tensor:
         drawn = _drawn(assemble(system, parts(averaged)), wanted, place.world)
         return drawn if source.vectors is None else _nearest(drawn, source.vectors, place)
 
     stage = settings.build(Parts({**source.frozen, **built.nets}, built.tokenizers))
-    _check_fit(stage, config)
+    _check_fit(stage, config, complete)
     if config.cache and "text" not in built.trained:
         texts = remembering(stage.conditioner, place.pictures.texts, place.out / "texts")
         stage = replace(stage, conditioner=texts)
-    return Job(_task(config, stage, built, base, source, draw), source.batches, result, beside)
+    task = _task(config, stage, built, base, source, draw)
+    task.complete = complete
+    return Job(task, source.batches, result, beside)
+
+
+def _completion(config: DenoisingConfig, built: Built, source: Source) -> Complete | None:
+    """What tells the net of the pictures themselves: their embeddings, or small copies of them."""
+    low_res, clip = config.low_res, source.clip
+    told = built.told_pictures
+    if told and clip is None:
+        raise ValueError("the net is told image embeddings: set task.clip to the CLIP that makes them")
+    if low_res is None and not told:
+        return None
+
+    def complete(inputs: Inputs, pictures: Tensor, noise: Noise) -> Inputs:
+        if told and clip is not None:
+            inputs = replace(inputs, image_embed=embedding_of(clip[0], pictures).to(pictures))
+        if low_res is not None:
+            seeds = noise.integers(2**62).tolist()
+            inputs = replace(inputs, low_res=degraded(pictures, low_res, seeds))
+        return inputs
+
+    return complete
+
+
+def _check_told(config: DenoisingConfig, base: Base | None, place: Place) -> None:
+    """Raise ValueError in one line if captions are read and there are none."""
+    if config.text is not None or config.clip is not None or (base is not None and base.text is not None):
+        check_captions(place.pictures)
 
 
 def _learns(net: nn.Module) -> bool:
@@ -144,6 +192,9 @@ def _task(
         uncertainty=Uncertainty(config.uncertainty).to(stage.device) if config.uncertainty else None,
         memories={} if base is None else {"base": BaseMark(base)},
     )
+    task.dropout_image = config.dropout_image
+    if config.low_res is not None:
+        task.crop, task.cell = config.low_res.crop, config.low_res.factor
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -161,8 +212,7 @@ def _build(config: DenoisingConfig, place: Place, base: Base | None) -> Built:
     elif config.text is not None:
         if base is not None:
             raise ValueError(f"{base.path} has no text tower to begin from; set task.text None")
-        vocab, context = config.text.vocab_size, config.text.context
-        tokenizers["text"] = Tokenizer.from_json(place.world.lead(lambda: _vocabulary(place, vocab, context)))
+        tokenizers["text"] = vocabulary_of(place, config.text.vocab_size, config.text.context)
         nets["text"] = TextTransformer(replace(config.text, vocab_size=tokenizers["text"].vocab_size))
     settle(nets, place.device)
     for net in nets.values():
@@ -200,6 +250,12 @@ def _frozen(built: Built, config: DenoisingConfig) -> Built:
 
 def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple[str, ...]) -> StageConfig:
     conditioners: list[ConditionerConfig] = [TokenTextConfig()] if "text" in built.nets else []
+    if source.clip is not None:
+        conditioners.append(ClipTextConfig(pooled=True, mask=True))
+    if built.told_pictures:
+        conditioners.append(ImageEmbedConfig(unit=True))
+    if config.low_res is not None:
+        conditioners.append(LowResConfig(factor=config.low_res.factor, mode="bicubic", antialias=True))
     if built.num_classes is not None:
         names = classes if len(classes) == built.num_classes else ()
         conditioners.append(LabelConfig(num_classes=built.num_classes, names=names))
@@ -215,16 +271,21 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
     )
 
 
-def _shown(config: DenoisingConfig, place: Place, built: Built) -> Inputs:
-    """What the previews draw: the prompts, or captions and classes of the data."""
+def _shown(config: DenoisingConfig, place: Place, built: Built, complete: Complete | None) -> Inputs:
+    """What the previews draw: the prompts, or captions, classes and pictures of the data."""
     pictures, classes = place.pictures, built.num_classes
+    if complete is not None:
+        shown = examples(place)
+        texts = spread(pictures.texts, len(shown)) if config.clip is not None else None
+        return complete(Inputs(n=len(shown), text=texts), shown, Noise(range(len(shown))))
     if "text" not in built.nets and classes is not None:
         labels = spread(range(classes), PROMPTS)
         return Inputs(n=len(labels), label=torch.tensor(labels))
     prompts = config.prompts or spread(pictures.texts, PROMPTS)
     known = classes is not None and not config.prompts
     label = torch.tensor(spread(pictures.labels, PROMPTS)) if known else None
-    return Inputs(n=len(prompts), text=prompts if "text" in built.nets else None, label=label)
+    reads = "text" in built.nets or config.clip is not None
+    return Inputs(n=len(prompts), text=prompts if reads else None, label=label)
 
 
 def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
@@ -261,32 +322,27 @@ def _credited(place: Place, base: Base | None) -> Place:
     return replace(place, about=about, card=place.card + "\n".join(lines) + "\n")
 
 
-def _check_fit(stage: Stage, config: DenoisingConfig) -> None:
+def _check_fit(stage: Stage, config: DenoisingConfig, complete: Complete | None) -> None:
     """Raise ValueError in one line if net, codec, tower and objective do not fit each other."""
     channels = stage.shape[0]
+    more = 3 if config.low_res is not None else 0
     wanted = channels * (2 if stage.denoiser.learned_var else 1)
     shape = getattr(stage.denoiser.net, "config", None)
-    found = getattr(shape, "in_channels", channels), getattr(shape, "out_channels", wanted)
-    if found != (channels, wanted):
+    found = getattr(shape, "in_channels", channels + more), getattr(shape, "out_channels", wanted)
+    if found != (channels + more, wanted):
         raise ValueError(
             f"the net has in_channels {found[0]} and out_channels {found[1]}, but what it denoises has "
-            f"{channels} channels; set task.net.in_channels {channels} and task.net.out_channels {wanted}"
+            f"{channels} channels; set task.net.in_channels {channels + more} and task.net.out_channels "
+            f"{wanted}"
         )
     # One sample through all of it, with times that do not learn from it.
     objective, x0 = copy.deepcopy(config.objective), torch.zeros(1, *stage.shape, device=stage.device)
     with torch.no_grad():
-        cond = stage.conditioner(Inputs(n=1, text=("",))).to(stage.device)
+        inputs = Inputs(n=1, text=("",))
+        if complete is not None:
+            inputs = complete(inputs, torch.zeros(1, *stage.shape, device=stage.device), Noise([0]))
+        cond = stage.conditioner(inputs).to(stage.device)
         try:
             objective(stage.denoiser, x0, cond, Noise([0]))
         except RuntimeError as error:
             raise ValueError(f"the net does not fit its inputs: {str(error).splitlines()[0]}") from None
-
-
-def _vocabulary(place: Place, vocab_size: int, context: int) -> str:
-    """A tokenizer as JSON, learned from the captions once per run: again it need not give the same ids."""
-    path = place.out / "tokenizer.json"
-    if not path.is_file():
-        texts = [text for text in place.pictures.texts if text]
-        learned = Tokenizer.train(texts, vocab_size=vocab_size, context=context)
-        write_whole(path, learned.to_json().encode())
-    return path.read_text("utf-8")
