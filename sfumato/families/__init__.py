@@ -5,6 +5,7 @@ from __future__ import annotations
 from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
     dit,
     latent,
+    openmoji_unclip,
     scenes,
     stable,
     unclip,
