@@ -1,4 +1,4 @@
-"""The verb that computes with pictures: variations, interpolation, differences, where embeddings come from."""
+"""The verb that computes with pictures: variations, paths, differences, and where embeddings come from."""
 
 from __future__ import annotations
 

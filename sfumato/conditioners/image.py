@@ -121,7 +121,8 @@ class Inpaint:
 
 def unit(embeddings: Tensor) -> Tensor:
     """(n, D) with a mean square of 1 in each row."""
-    return F.normalize(embeddings, dim=1) * embeddings.shape[1] ** 0.5
+    scale: float = embeddings.shape[1] ** 0.5
+    return scale * F.normalize(embeddings, dim=1)
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

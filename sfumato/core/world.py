@@ -120,7 +120,10 @@ class World:
 
     def joined(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all processes in the order of their ranks, with gradients to all of them."""
-        return rows if self.size == 1 else _Joined.apply(rows, self)
+        if self.size == 1:
+            return rows
+        whole: Tensor = _Joined.apply(rows, self)  # type: ignore[no-untyped-call]
+        return whole
 
     def most(self, value: int) -> int:
         """The largest value that a process has."""

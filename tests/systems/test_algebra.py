@@ -1,4 +1,4 @@
-"""Computing with image embeddings: spherical paths and means, axes, and pictures drawn back from their noise."""
+"""Computing with image embeddings: spherical paths and means, axes, pictures drawn back from their noise."""
 
 from __future__ import annotations
 

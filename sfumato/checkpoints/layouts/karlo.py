@@ -158,7 +158,7 @@ DECODER_TOP: LeafTable = {
     "text_seq_proj.1": "encoder.tokens.norm",
     "clip_tok_proj": "encoder.tokens.image",
 }
-OF_UNET = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", *DECODER_TOP)
+OF_UNET = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", *map(str, DECODER_TOP))
 
 
 def _decoder_settings(shapes: Shapes, given: Settings) -> Settings:
@@ -254,15 +254,12 @@ LAYOUTS("karlo-decoder")(
     )
 )
 
-PROJECTION: Mapping[str, str] = {
+PROJECTION: LeafTable = {
     "clip_image_embeddings_project_to_time_embeddings": "extras.0.proj",
     "embedding_proj": "extras.1.proj",
     "encoder_hidden_states_proj": "tokens.proj",
     "text_encoder_hidden_states_norm": "tokens.norm",
     "clip_extra_context_tokens_proj": "tokens.image",
-}
-PROJECTION_TABLE: LeafTable = {
-    **PROJECTION,
     "learned_classifier_free_guidance_embeddings": Leaf("null.vector", tensors=()),
 }
 
@@ -298,7 +295,7 @@ LAYOUTS("karlo-text-proj-diffusers")(
                 build=Projections,
                 settings=_projection_settings,
                 config=_projection_config,
-                names=lambda config: KeyMap.of([("", "", PROJECTION_TABLE)]),
+                names=lambda config: KeyMap.of([("", "", PROJECTION)]),
                 published=lambda c, extra: dict(
                     zip(_SIZES, (c.dim, c.embed, c.width, c.image_tokens), strict=True)
                 ),

@@ -10,7 +10,7 @@ from sfumato.checkpoints.keymap import KeyMap, LeafTable
 from sfumato.checkpoints.layouts.blocks import same
 from sfumato.checkpoints.layouts.layout import OURS, Settings, Shapes, indices, settled, shape_of
 from sfumato.nets.attention import AttentionConfig
-from sfumato.nets.blocks import BlockConfig
+from sfumato.nets.blocks import BlockConfig, ResBlock
 from sfumato.nets.embedding import EmbeddingConfig, TokensConfig
 from sfumato.nets.unet import LevelConfig, UNet, UNetConfig
 
@@ -98,9 +98,7 @@ def names_of(config: UNetConfig) -> KeyMap:
         ):
             part = getattr(block, name)
             if part is not None:
-                widened = {"conv_shortcut": "skip"} if f"{name}" == "res" and _has_skip(part) else {}
-                table = _attention(part) if name == "attention" else {**RES, **widened}
-                rows.append((f"{theirs}.{place}", f"{ours}.{name}", table))
+                rows.append((f"{theirs}.{place}", f"{ours}.{name}", _table(part)))
 
     n = 0
     for i, level in enumerate(config.levels):
@@ -117,12 +115,10 @@ def names_of(config: UNetConfig) -> KeyMap:
     return KeyMap.of(rows)
 
 
-def _has_skip(part: Any) -> bool:
-    return bool(list(part.skip.parameters()))
-
-
-def _attention(part: Any) -> LeafTable:
-    """Without the projections of tokens where there are none."""
+def _table(part: Any) -> LeafTable:
+    """Of a residual block or an attention, without what this one lacks."""
+    if isinstance(part, ResBlock):
+        return RES if isinstance(part.skip, torch.nn.Identity) else {**RES, "conv_shortcut": "skip"}
     return {k: v for k, v in ATTENTION.items() if part.attention.token_dim or not str(k).startswith("add_")}
 
 
