@@ -7,6 +7,7 @@ to 40 minutes each on two cores; what they reach is not known yet.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from sfumato.data.degrade import DegradeConfig
 from sfumato.diffusion.constraints import Static
@@ -38,9 +39,10 @@ CAPTIONED = replace(OPENMOJI, even="concept")
 
 
 def _clip(side: int, patch: int, width: int, embed: int, depth: int, vocab: int, context: int) -> CLIPConfig:
-    shape = {"width": width, "hidden": 4 * width, "heads": max(width // 48, 2), "embed": embed}
-    vision = CLIPVisionConfig(side=side, patch=patch, depth=depth, **shape)
-    return CLIPConfig(vision=vision, text=CLIPTextConfig(vocab=vocab, context=context, depth=depth, **shape))
+    shape: dict[str, Any] = {"width": width, "hidden": 4 * width, "heads": max(width // 48, 2)}
+    vision = CLIPVisionConfig(side=side, patch=patch, depth=depth, embed=embed, **shape)
+    text = CLIPTextConfig(vocab=vocab, context=context, depth=depth, embed=embed, **shape)
+    return CLIPConfig(vision=vision, text=text)
 
 
 @RECIPES("openmoji-clip")
@@ -159,18 +161,18 @@ def toy_clip() -> Recipe:
     return twin(openmoji_clip(), ContrastiveConfig(net=_clip(16, 8, 16, 8, 1, 300, 8)))
 
 
-def _denoiser(full: Recipe, net: UNetConfig | PriorConfig, **changes: object) -> Recipe:
+def _denoiser(full: Recipe, net: UNetConfig | PriorConfig, low_res: DegradeConfig | None = None) -> Recipe:
     assert isinstance(full.task, DenoisingConfig)
     sampling = replace(full.task.sampling, steps=2)
     clip = RUNS / "toy-clip" if full.task.clip else None
-    return twin(full, replace(full.task, net=net, clip=clip, sampling=sampling, **changes))
+    return twin(full, replace(full.task, net=net, clip=clip, sampling=sampling, low_res=low_res))
 
 
 @RECIPES("toy-clip-prior")
 def toy_clip_prior() -> Recipe:
     """Tiny twin of openmoji-prior, on the result of toy-clip."""
     net = PriorConfig(dim=8, text_dim=16, context=8, width=16, depth=1, heads=2)
-    return _denoiser(openmoji_prior(), net)
+    return replace(_denoiser(openmoji_prior(), net), name="toy-clip-prior")
 
 
 @RECIPES("toy-unclip-decoder")
@@ -183,4 +185,4 @@ def toy_unclip_decoder() -> Recipe:
 def toy_unclip_upsampler() -> Recipe:
     """Tiny twin of openmoji-unclip-upsampler."""
     low_res = DegradeConfig(factor=2, kind="bsr", crop=8)
-    return _denoiser(openmoji_unclip_upsampler(), _unet(8, 4, in_channels=6), low_res=low_res)
+    return _denoiser(openmoji_unclip_upsampler(), _unet(8, 4, in_channels=6), low_res)

@@ -55,9 +55,8 @@ def karlo_system(found: Foreign) -> System:
     decoder = nets.pop("net")
     assert isinstance(decoder, UNet)
     nets |= {"decoder": joined(decoder, projections), "null_image": projections.null}
-    stages = (_decoder(found), *_upsampler(found))
-    if isinstance(prior, Prior):
-        stages = (_prior(found, prior), *stages)
+    first = (_prior(found, prior),) if isinstance(prior, Prior) else ()
+    stages = (*first, _decoder(found), *_upsampler(found))
     about = About(name="Karlo", summary="unCLIP, read from a folder of diffusers.")
     return assemble(SystemConfig(stages=stages), Parts(nets, dict(found.tokenizers)), about=about)
 

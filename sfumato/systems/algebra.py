@@ -48,7 +48,7 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     safe = torch.where(near, torch.ones_like(angle), angle)
     first = torch.where(near, 1 - t, ((1 - t) * safe).sin() / safe.sin())
     second = torch.where(near, t.expand_as(angle), (t * safe).sin() / safe.sin())
-    length = (1 - t) * a.norm(dim=-1, keepdim=True) + t * b.norm(dim=-1, keepdim=True)
+    length: Tensor = (1 - t) * a.norm(dim=-1, keepdim=True) + t * b.norm(dim=-1, keepdim=True)
     return length * F.normalize(first * u + second * v, dim=-1)
 
 
@@ -73,7 +73,8 @@ def spherical_mean(vectors: Tensor, weights: Sequence[float]) -> Tensor:
         if float(length) < 1e-12:
             break
         mean = F.normalize(length.cos() * mean + length.sin() * step / length, dim=0)
-    return ((w[:, 0] * vectors.double().cpu().norm(dim=1)).sum() * mean).to(vectors)
+    length = (w[:, 0] * vectors.double().cpu().norm(dim=1)).sum()
+    return torch.mul(length, mean).to(vectors)
 
 
 def difference(image: Tensor, text: Tensor, base: Tensor, theta: float) -> Tensor:
@@ -173,7 +174,7 @@ class Space:
             steps: of the decoder.
         """
         names, own = [stage.name for stage in self.system.stages], self.decoder
-        options = replace(own.defaults, **({} if steps is None else {"steps": steps}))
+        options = replace(own.defaults, steps=steps or own.defaults.steps)
         if noise is not None:
             options = replace(options, sampler="ddim", knobs={"eta": eta}, start=Continue())
         inputs = Inputs(n=len(embeddings), text=texts, image_embed=embeddings, latent=noise)
@@ -200,7 +201,7 @@ class Space:
         x = stage.codec.encode(fitted(images.to(stage.device), stage.pixels))
         inputs = Inputs(n=n, text=texts, image_embed=embeddings)
         cond = stage.conditioner(inputs).to(stage.device)
-        options = replace(stage.defaults, **({} if steps is None else {"steps": steps}))
+        options = replace(stage.defaults, steps=steps or stage.defaults.steps)
         grid = options.grid(stage.denoiser.schedule).reversed(None)
         denoise = CFG().bind(stage.denoiser, cond, cond)
         return integrate(SAMPLERS["ddim"], Run(denoise, grid, Noise(seeds_for(0, n))), x)

@@ -94,7 +94,8 @@ class Tokenizer:
             texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
         )
         end = LAST if end_highest else END
-        engine.add_special_tokens([end])
+        if end_highest:
+            engine.add_special_tokens([end])
         ends = [(token, engine.token_to_id(token)) for token in (START, end)]
         engine.post_processor = processors.TemplateProcessing(single=f"{START} $A {end}", special_tokens=ends)
         return Tokenizer(engine, context)

@@ -173,8 +173,9 @@ def _validation(
     measure: DenoisingLoss | ReconstructionLoss | RetrievalLoss
     if isinstance(task, Denoising):
         sampled, velocity = task.posterior == "sample", recipe.validation.velocity
-        told = {"embed": task.embed, "complete": task.complete}
-        measure = DenoisingLoss(task.objective, sampled=sampled, velocity=velocity, **told)
+        measure = DenoisingLoss(
+            task.objective, sampled=sampled, embed=task.embed, complete=task.complete, velocity=velocity
+        )
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
     elif isinstance(task, Contrastive):

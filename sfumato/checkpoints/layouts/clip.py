@@ -139,7 +139,12 @@ def write_clip(net: CLIP, folder: Path, layout: Literal["hub", "open"]) -> None:
         sizes["vision_config"] |= {"image_size": v.side, "patch_size": v.patch}
         told = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": v.embed, **sizes}
     else:
-        vision = {"image_size": v.side, "patch_size": v.patch, "width": v.width, "layers": v.depth}
+        vision: dict[str, float] = {
+            "image_size": v.side,
+            "patch_size": v.patch,
+            "width": v.width,
+            "layers": v.depth,
+        }
         text = {"context_length": t.context, "vocab_size": t.vocab, "width": t.width, "layers": t.depth}
         vision |= {"head_width": v.width // v.heads, "mlp_ratio": v.hidden / v.width}
         cfg = {"embed_dim": v.embed, "vision_cfg": vision, "text_cfg": {**text, "heads": t.heads}}

@@ -102,8 +102,8 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
     if config.clip is not None:
         return _of_clip(recipe, config, config.clip, place)
     if config.embedder is not None:
-        net = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
-        return _embeddings(recipe, place, partial(_pooled, net), base)
+        taps = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
+        return _embeddings(recipe, place, partial(_pooled, taps), base)
     if base is not None and isinstance(base.codec, EmbeddingsConfig):
         raise ValueError(f"{base.path} denoises embeddings; set task.embedder to the net that makes them")
     if config.autoencoder is not None:
