@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import sfumato
 from sfumato.checkpoints.native import Parts
+from sfumato.cli import main
+from sfumato.core.png import save_png
 from sfumato.core.types import Inputs
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.schedules import Discrete
@@ -182,6 +187,38 @@ def test_embeddings_of_another_clip_are_one_line(inputs, only, message):
     with pytest.raises(ValueError, match=message) as error:
         own.system.run(inputs, only=only)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        (["vary", "PICTURES", "--eta", "0.5"], 1),
+        (["interpolate", "PICTURES"], 2.5),
+        (["difference", "PICTURES", "--text", "red bar", "--base", "blue bar"], 1),
+        (["sources", "PICTURES", "--text", "red bar"], 3),
+        (["truncate", "PICTURES"], 1),
+    ],
+)
+def test_the_command_writes_one_sheet(flags, rows, tmp_path, capsys):
+    sfumato.save(space().system, tmp_path / "system")
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        save_png(file, torch.full((3, 8, 8), 40 * i, dtype=torch.uint8))
+    args = [str(f) for flag in flags for f in (files if flag == "PICTURES" else [flag])]
+    out = tmp_path / "sheet.png"
+    assert main(["algebra", *args, "--system", str(tmp_path / "system"), "--n", "2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    with Image.open(out) as sheet:
+        assert sheet.size == (2 * 10 - 2, math.ceil(rows) * 10 - 2)
+
+
+def test_wrong_input_of_the_command_is_one_line(tmp_path, capsys):
+    sfumato.save(space().system, tmp_path / "system")
+    save_png(tmp_path / "a.png", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    args = ["algebra", "vary", str(tmp_path / "a.png"), "--system", str(tmp_path / "system")]
+    assert main([*args, "--n", "1", "--out", str(tmp_path / "b.png")]) == 2
+    assert "n 1 and 1 pictures; give at least 2 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_a_system_without_embeddings_is_refused():
