@@ -55,30 +55,31 @@ def _bsr(picture: Tensor, factor: int, rng: Random) -> Tensor:
     """One picture (3, H, W), with the ranges of latent diffusion's light variant."""
     height, width = (side // factor for side in picture.shape[-2:])
 
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * rng.random()
+
     def blur(x: Tensor) -> Tensor:
-        across, along = (rng.uniform(0.1, 0.6 * factor) for _ in range(2))
-        along = along if rng.random() < 0.5 else across
-        return _blur(x[None], across, along, math.pi * rng.random(), reach=rng.randrange(1, 4))[0]
+        across, along = between(0.1, 0.6 * factor), between(0.1, 0.6 * factor)
+        turn, reach = between(0, math.pi), int(between(1, 4))
+        return _blur(x[None], across, along if rng.random() < 0.5 else across, turn, reach=reach)[0]
 
     def resize(x: Tensor) -> Tensor:
-        scale = rng.uniform(1, 2 * factor) / factor
-        size = [max(round(n / scale), 4) for n in (height, width)]
-        mode = rng.choice(("area", "bilinear", "bicubic"))
-        return F.interpolate(x[None], size, mode=mode)[0]
+        scale = between(1, 2 * factor) / factor
+        mode = ("area", "bilinear", "bicubic")[int(between(0, 3))]
+        return F.interpolate(x[None], [max(round(n / scale), 4) for n in (height, width)], mode=mode)[0]
 
     def noise(x: Tensor) -> Tensor:
-        own = torch.Generator().manual_seed(rng.getrandbits(62))
-        channels = rng.choice((1, 3))
-        return x + 2 * rng.uniform(1, 2) / 255 * torch.randn(channels, *x.shape[1:], generator=own)
+        own = torch.Generator().manual_seed(int(between(0, 2**53)))
+        channels = 1 if rng.random() < 0.5 else 3
+        return x + 2 * between(1, 2) / 255 * torch.randn(channels, *x.shape[1:], generator=own)
 
     def jpeg(x: Tensor) -> Tensor:
         file = io.BytesIO()
-        to_pil(to_uint8(x)).save(file, "JPEG", quality=rng.randint(80, 95))
+        to_pil(to_uint8(x)).save(file, "JPEG", quality=int(between(80, 96)))
         return to_float(from_pil(Image.open(file).convert("RGB")))
 
     steps: list[Callable[[Tensor], Tensor]] = [blur, blur, resize, noise, jpeg]
-    rng.shuffle(steps)
-    for step in steps:
+    for _, step in sorted(((rng.random(), step) for step in steps), key=lambda pair: pair[0]):
         picture = step(picture)
     small = F.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
     return jpeg(small.clamp(-1, 1))

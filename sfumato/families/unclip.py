@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
 from sfumato.checkpoints.weights import assign, parameter_free
@@ -14,11 +16,10 @@ from sfumato.families.assembly import ASSEMBLIES
 from sfumato.families.schedulers import Sampling, sampling_of
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.prior import Prior
-from sfumato.nets.unclip import Projections, told_both
+from sfumato.nets.unclip import LastStep, LastStepConfig, Projections, told_both
 from sfumato.nets.unet import UNet
 from sfumato.systems.conditioning import ClipTextConfig, ImageEmbedConfig, LowResConfig
 from sfumato.systems.config import About, EmbeddingsConfig, StageConfig, SystemConfig
-from sfumato.systems.start import Continue
 from sfumato.systems.system import System, assemble
 
 __all__ = ["karlo_system"]
@@ -55,8 +56,9 @@ def karlo_system(found: Foreign) -> System:
     decoder = nets.pop("net")
     assert isinstance(decoder, UNet)
     nets |= {"decoder": joined(decoder, projections), "null_image": projections.null}
+    nets["super_res"] = _both(nets.pop("super_res_first"), nets.pop("super_res_last"))
     first = (_prior(found, prior),) if isinstance(prior, Prior) else ()
-    stages = (*first, _decoder(found), *_upsampler(found))
+    stages = (*first, _decoder(found), _upsampler(found))
     about = About(name="Karlo", summary="unCLIP, read from a folder of diffusers.")
     return assemble(SystemConfig(stages=stages), Parts(nets, dict(found.tokenizers)), about=about)
 
@@ -99,21 +101,22 @@ def _decoder(found: Foreign) -> StageConfig:
     )
 
 
-def _upsampler(found: Foreign) -> tuple[StageConfig, StageConfig]:
-    """Two stages of one walk: the last step has a net of its own."""
+def _upsampler(found: Foreign) -> StageConfig:
     sampling = _sampling(found.extras, "super_res_scheduler", SR_STEPS, CFG())
     large: Any = found.settings["super_res_first"].get("sample_size") or 256
     small: Any = found.settings["net"].get("sample_size") or 64
     enlarged = LowResConfig(factor=large // small, mode="bicubic", antialias=True)
-    border, shape = (SR_STEPS - 1) / SR_STEPS, (3, large, large)
-    stages = []
-    for name, window in (("super_res_first", (0.0, border)), ("super_res_last", (border, 1.0))):
-        options = replace(sampling.defaults, window=window)
-        stage = replace(_stage(name, name, sampling, shape), conditioners=(enlarged,), defaults=options)
-        stages.append(stage)
-    first, last = stages
-    continued = replace(last.defaults, start=Continue())
-    return replace(first, emits="latent"), replace(last, defaults=continued)
+    return replace(_stage("super_res", "super_res", sampling, (3, large, large)), conditioners=(enlarged,))
+
+
+def _both(first: nn.Module, last: nn.Module) -> LastStep:
+    assert isinstance(first, UNet)
+    assert isinstance(last, UNet)
+    if first.config != last.config:
+        raise ValueError("super_res_first and super_res_last have different shapes; take them of one folder")
+    net = parameter_free(LastStep, LastStepConfig(net=first.config))
+    net.first, net.last = first, last
+    return net.eval()
 
 
 def _stage(name: str, net: str, sampling: Sampling, shape: tuple[int, ...]) -> StageConfig:

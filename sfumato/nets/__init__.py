@@ -66,6 +66,7 @@ NETS = NetTable(
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
+        "last_step": ("unclip", "LastStepConfig", "LastStep"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
         "null_image": ("unclip", "NullImageConfig", "NullImage"),

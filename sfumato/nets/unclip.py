@@ -1,7 +1,8 @@
-"""What unCLIP's decoder has besides its U-Net: the learned null of image embeddings, and projections."""
+"""What unCLIP has besides prior and U-Nets: a null embedding, projections, a net for the last step alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,17 @@ from sfumato.nets.embedding import (
     TokensConfig,
     VectorEmbedder,
 )
+from sfumato.nets.unet import UNet, UNetConfig
 
-__all__ = ["NullImage", "NullImageConfig", "Projections", "ProjectionsConfig", "told_both"]
+__all__ = [
+    "LastStep",
+    "LastStepConfig",
+    "NullImage",
+    "NullImageConfig",
+    "Projections",
+    "ProjectionsConfig",
+    "told_both",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +99,40 @@ class Projections(nn.Module):
         """What is added to the embedding of time (B, embed), and the tokens (B, image_tokens + L, width)."""
         added: Tensor = sum(extra(cond) for extra in self.extras)
         return added, self.tokens(cond, self.null.vector.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastStepConfig:
+    """Shape of both U-Nets."""
+
+    net: UNetConfig
+
+    @property
+    def factor(self) -> int:
+        """Both sides of x must be multiples of this."""
+        return self.net.factor
+
+
+class LastStep(nn.Module):
+    """Two U-Nets: `last` for the evaluation at the cleanest time of a walk, `first` for all others.
+
+    Karlo's super-resolution, whose last net was tuned for sharp pictures.
+    """
+
+    def __init__(self, config: LastStepConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.last = UNet(config.net), UNet(config.net)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """As `first`, for who evaluates it outside a walk."""
+        return self.first(x, t, cond)
+
+    def plan(self, times: Tensor) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
+        """The net for a walk over these times."""
+        cleanest = float(times.min())
+
+        def net(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            return (self.last if float(t[0]) <= cleanest else self.first)(x, t, cond)
+
+        return net
