@@ -171,7 +171,9 @@ def test_the_pipeline_draws_the_same_pictures(tmp_path: Path, monkeypatch: pytes
         seen = list[torch.Tensor]()
         inputs = Inputs(n=2, low_res=done.low_res[..., ::2, ::2])
         for changed in (system, sfumato.load(tmp_path / "native")):
-            changed.run(inputs, options, only=["super_res"], seed=SEEDS, observe=lambda p: seen.append(p.x))
+            changed.run(
+                inputs, options, only=["super_res"], seed=SEEDS, observe=lambda p, kept=seen: kept.append(p.x)
+            )
         assert [torch.equal(a, b) for a, b in zip(seen[:steps], seen[steps:], strict=True)] == [
             *[True] * (steps - 1),
             False,
