@@ -126,7 +126,7 @@ def openmoji_unclip_decoder() -> Recipe:
         task=task,
         data=replace(CAPTIONED, size=32),
         optim=replace(ADAMW, lr=5e-4),
-        trainer=TrainerConfig(images=70_000, batch=32, ema=0.999, preview_every=20_000, save_every=10_000),
+        trainer=TrainerConfig(images=45_000, batch=32, ema=0.999, preview_every=15_000, save_every=9_000),
         about=about("unCLIP's decoder on OpenMoji, 32x32."),
     )
 
@@ -147,7 +147,7 @@ def openmoji_unclip_upsampler() -> Recipe:
         task=task,
         data=AUGMENTED,
         optim=replace(ADAMW, lr=5e-4),
-        trainer=TrainerConfig(images=70_000, batch=32, ema=0.999, preview_every=20_000, save_every=10_000),
+        trainer=TrainerConfig(images=45_000, batch=32, ema=0.999, preview_every=15_000, save_every=9_000),
         about=about("unCLIP's upsampler on OpenMoji, 32x32 to 64x64."),
     )
 
