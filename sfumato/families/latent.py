@@ -36,7 +36,7 @@ from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
 from sfumato.training.trainer import TrainerConfig
 
-__all__ = ["ADAMW", "AUGMENTED", "OPENMOJI", "RUNS", "about", "twin"]  # recipes are reached through RECIPES
+__all__ = ["ADAMW", "AUGMENTED", "OPENMOJI", "about", "toy"]  # all else is reached through RECIPES
 
 RUNS = Path("runs")
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "default"
@@ -203,18 +203,18 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
 
 
 def about(summary: str) -> About:
-    """Of weights trained on OpenMoji."""
+    """Of what is made from OpenMoji."""
     return About(summary=summary, license="CC-BY-SA-4.0", data="OpenMoji")
 
 
 # Twins for smoke tests: any folder of captioned pictures, seconds on one core.
 
 
-def twin(recipe: Recipe, task: TaskConfig) -> Recipe:
-    """A recipe of another task for any folder of captioned pictures, seconds on one core."""
+def toy(recipe: Recipe, task: TaskConfig) -> Recipe:
+    """The twin of a recipe with a tiny task."""
     name = recipe.name.replace("openmoji", "toy")
     trainer = TrainerConfig(images=64, batch=4, ema=0.9, log_every=16, preview_every=32, save_every=32)
-    data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None)
+    data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None, label=None)
     about = About(summary="A tiny twin for tests; its pictures mean nothing.")
     optim = replace(recipe.optim, warmup=8)
     return replace(recipe, name=name, task=task, trainer=trainer, data=data, optim=optim, about=about)
@@ -224,7 +224,7 @@ def twin(recipe: Recipe, task: TaskConfig) -> Recipe:
 def toy_perceptual() -> Recipe:
     """Tiny twin of openmoji-perceptual."""
     net = PerceptualConfig(widths=(4, 8), convs=(1, 1))
-    return twin(openmoji_perceptual(), CaptionWordsConfig(net=net))
+    return toy(openmoji_perceptual(), CaptionWordsConfig(net=net))
 
 
 @RECIPES("toy-autoencoder")
@@ -240,7 +240,7 @@ def toy_autoencoder() -> Recipe:
         discriminator_start=0.4,
         adversarial_start=0.5,
     )
-    return twin(full, task)
+    return toy(full, task)
 
 
 def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig | MLPConfig) -> Recipe:
@@ -253,7 +253,7 @@ def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig | MLPConfig) -> Reci
         sampling=replace(SAMPLING, steps=2),
         prompts=(),
     )
-    return twin(full, task)
+    return toy(full, task)
 
 
 @RECIPES("toy-dit")
@@ -307,4 +307,4 @@ def toy_lora() -> Recipe:
     task = replace(
         full.task, init=RUNS / "toy-dit", lora=LoraConfig(rank=2), sampling=replace(SAMPLING, steps=2)
     )
-    return twin(full, task)
+    return toy(full, task)

@@ -14,7 +14,7 @@ from sfumato.diffusion.constraints import Static
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Discrete
-from sfumato.families.latent import ADAMW, AUGMENTED, OPENMOJI, RUNS, about, twin
+from sfumato.families.latent import ADAMW, AUGMENTED, OPENMOJI, RUNS, about, toy
 from sfumato.families.registry import RECIPES
 from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.blocks import BlockConfig
@@ -136,7 +136,7 @@ def openmoji_unclip_upsampler() -> Recipe:
     """32 to 64 pixels, trained on quarters of pictures that were blurred after shrinking."""
     task = DenoisingConfig(
         net=_unet(48, 16, in_channels=6),
-        low_res=DegradeConfig(factor=2, kind="blur", crop=32),
+        degrade=DegradeConfig(factor=2, kind="blur", crop=32),
         schedule=COSINE,
         prediction="eps",
         dropout=0.0,
@@ -158,14 +158,14 @@ def openmoji_unclip_upsampler() -> Recipe:
 @RECIPES("toy-clip")
 def toy_clip() -> Recipe:
     """Tiny twin of openmoji-clip."""
-    return twin(openmoji_clip(), ContrastiveConfig(net=_clip(16, 8, 16, 8, 1, 300, 8)))
+    return toy(openmoji_clip(), ContrastiveConfig(net=_clip(16, 8, 16, 8, 1, 300, 8)))
 
 
-def _denoiser(full: Recipe, net: UNetConfig | PriorConfig, low_res: DegradeConfig | None = None) -> Recipe:
+def _denoiser(full: Recipe, net: UNetConfig | PriorConfig, degrade: DegradeConfig | None = None) -> Recipe:
     assert isinstance(full.task, DenoisingConfig)
     sampling = replace(full.task.sampling, steps=2)
     clip = RUNS / "toy-clip" if full.task.clip else None
-    return twin(full, replace(full.task, net=net, clip=clip, sampling=sampling, low_res=low_res))
+    return toy(full, replace(full.task, net=net, clip=clip, sampling=sampling, degrade=degrade))
 
 
 @RECIPES("toy-clip-prior")
@@ -184,5 +184,5 @@ def toy_unclip_decoder() -> Recipe:
 @RECIPES("toy-unclip-upsampler")
 def toy_unclip_upsampler() -> Recipe:
     """Tiny twin of openmoji-unclip-upsampler."""
-    low_res = DegradeConfig(factor=2, kind="bsr", crop=8)
-    return _denoiser(openmoji_unclip_upsampler(), _unet(8, 4, in_channels=6), low_res)
+    degrade = DegradeConfig(factor=2, kind="bsr", crop=8)
+    return _denoiser(openmoji_unclip_upsampler(), _unet(8, 4, in_channels=6), degrade)

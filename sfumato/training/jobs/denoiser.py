@@ -146,19 +146,19 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
 
 def _completion(config: DenoisingConfig, built: Built, source: Source) -> Complete | None:
     """What tells the net of the pictures themselves: their embeddings, or small copies of them."""
-    low_res, clip = config.low_res, source.clip
+    damage, clip = config.degrade, source.clip
     told = built.told_pictures
     if told and clip is None:
         raise ValueError("the net is told image embeddings: set task.clip to the CLIP that makes them")
-    if low_res is None and not told:
+    if damage is None and not told:
         return None
 
     def complete(inputs: Inputs, pictures: Tensor, noise: Noise) -> Inputs:
         if told and clip is not None:
             inputs = replace(inputs, image_embed=embedding_of(clip[0], pictures).to(pictures))
-        if low_res is not None:
+        if damage is not None:
             seeds = noise.integers(2**62).tolist()
-            inputs = replace(inputs, low_res=degraded(pictures, low_res, seeds))
+            inputs = replace(inputs, low_res=degraded(pictures, damage, seeds))
         return inputs
 
     return complete
@@ -193,8 +193,8 @@ def _task(
         memories={} if base is None else {"base": BaseMark(base)},
     )
     task.dropout_image = config.dropout_image
-    if config.low_res is not None:
-        task.crop, task.cell = config.low_res.crop, config.low_res.factor
+    if config.degrade is not None:
+        task.crop, task.cell = config.degrade.crop, config.degrade.factor
     task.embed = None if source.vectors is None else source.vectors.embed
     return task
 
@@ -254,8 +254,8 @@ def _stage(config: DenoisingConfig, source: Source, built: Built, classes: tuple
         conditioners.append(ClipTextConfig(pooled=True, mask=True))
     if built.told_pictures:
         conditioners.append(ImageEmbedConfig(unit=True))
-    if config.low_res is not None:
-        conditioners.append(LowResConfig(factor=config.low_res.factor, mode="bicubic", antialias=True))
+    if config.degrade is not None:
+        conditioners.append(LowResConfig(factor=config.degrade.factor, mode="bicubic", antialias=True))
     if built.num_classes is not None:
         names = classes if len(classes) == built.num_classes else ()
         conditioners.append(LabelConfig(num_classes=built.num_classes, names=names))
@@ -325,7 +325,7 @@ def _credited(place: Place, base: Base | None) -> Place:
 def _check_fit(stage: Stage, config: DenoisingConfig, complete: Complete | None) -> None:
     """Raise ValueError in one line if net, codec, tower and objective do not fit each other."""
     channels = stage.shape[0]
-    more = 3 if config.low_res is not None else 0
+    more = 3 if config.degrade is not None else 0
     wanted = channels * (2 if stage.denoiser.learned_var else 1)
     shape = getattr(stage.denoiser.net, "config", None)
     found = getattr(shape, "in_channels", channels + more), getattr(shape, "out_channels", wanted)

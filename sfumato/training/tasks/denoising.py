@@ -53,7 +53,7 @@ class DenoisingConfig:
             what is denoised.
         clip: folder of a trained CLIP, or of a run that trained one. Its text tower reads the captions; a
             prior denoises the embeddings of its pictures, and a net with image tokens is told them.
-        low_res: what an upsampler enlarges, whose net takes it as 3 more channels.
+        degrade: how the small picture of an upsampler is made, which its net takes as 3 more channels.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented; and every caption,
             if the text tower is not trained.
@@ -83,7 +83,7 @@ class DenoisingConfig:
     autoencoder: Path | None = None
     embedder: Path | None = None
     clip: Path | None = None
-    low_res: DegradeConfig | None = None
+    degrade: DegradeConfig | None = None
     posterior: Posterior = "sample"
     cache: bool = True
     latents: Path | None = None
@@ -106,16 +106,11 @@ class DenoisingConfig:
         for name, share in (("dropout", self.dropout), ("dropout_image", self.dropout_image)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} is {share}; allowed: a share in [0, 1), such as 0.1")
-        if self.clip is None and isinstance(self.net, PriorConfig):
-            raise ValueError("a prior denoises the embeddings of a CLIP: set task.clip to its folder")
-        if self.clip is not None and (self.text is not None or self.embedder is not None):
-            raise ValueError(
-                "task.clip reads the captions and embeds the pictures: leave out text and embedder"
-            )
         if self.autoencoder is not None and self.embedder is not None:
             raise ValueError("autoencoder and embedder are both given; choose what is to be denoised")
         if self.uncertainty is not None and self.uncertainty < 1:
             raise ValueError(f"uncertainty is {self.uncertainty} features; allowed: at least 1, such as 128")
+        self._check_clip()
         self._check_variance()
         self._check_init()
 
@@ -123,6 +118,16 @@ class DenoisingConfig:
     def adapts(self) -> bool:
         """Whether adapters are trained and nothing else."""
         return self.lora is not None or self.lora_text is not None
+
+    def _check_clip(self) -> None:
+        if self.clip is None and isinstance(self.net, PriorConfig):
+            raise ValueError("a prior denoises the embeddings of a CLIP: set task.clip to its folder")
+        if self.clip is not None and (self.text is not None or self.embedder is not None):
+            raise ValueError(
+                "task.clip reads the captions and embeds the pictures: leave out text and embedder"
+            )
+        if self.degrade is not None and self.autoencoder is not None:
+            raise ValueError("task.degrade is for an upsampler of pictures: leave out autoencoder")
 
     def _check_variance(self) -> None:
         vlb = self.objective.vlb
