@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ __all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "read_text
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
 SHARDED = ("index.json", "index.fp16.json", "fp16.index.json")  # endings of lists of shards
+# Folders of a pipeline whose net is "net" or "vae"; of other folders it has the folder's name.
+DENOISERS, FIRST_STAGES = ("unet", "transformer", "decoder"), ("vae", "vqvae")
 WRITTEN = (".pt", ".safetensors")
 AVERAGES = "model_ema."  # what latent diffusion keeps beside the net, names without dots
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
@@ -179,6 +181,8 @@ def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any],
     """Every part of the layout with its net."""
     parts = LAYOUTS[layout].parts
     classes = [part.build for part in parts if isinstance(part.build, type)]
+    if len(set(classes)) < len(classes) and {part.name for part in parts} == set(nets):
+        return [(part, nets[part.name]) for part in parts]
     for net in nets.values():
         if not isinstance(net, tuple(classes)):
             raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
@@ -230,10 +234,9 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("T5Tokenizer"):
             found += Foreign({}, {}, {}, {}, {name: t5_tokenizer(path / name)})
-        elif (layout := _of_class(str(entry[1]))) is not None:
-            given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(home, None, given)
-            found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
+        elif _of_class(str(entry[1])) is not None:
+            part = _read_folder(home, None, config if name in DENOISERS else {})
+            found += part if name in (*DENOISERS, *FIRST_STAGES) else part.named(name)
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / INDEX} names no model that sfumato reads; it reads {', '.join(classes)}")
@@ -243,8 +246,8 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
 def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     told = read_json(path / CONFIG)
     name = str(told.get("_class_name") or (told.get("architectures") or [""])[0])
-    layout = layout or _of_class(name)
-    if layout is None:
+    allowed = [layout] if layout else _of_class(name)
+    if not allowed:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
     state = _folder_weights(path)
@@ -322,7 +325,8 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     averages = config.get("use_ema", False)
     config = {k: v for k, v in config.items() if k != "use_ema"}
     found = Foreign({}, {}, {})
-    for part in kind.parts:
+    prefixed = any(n.startswith(part.prefix) for part in kind.parts for n in state)
+    for part in kind.parts if prefixed else [replace(part, prefix="") for part in kind.parts]:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
         if averages and part.name == "net":
             own = {n: _average(state, part.prefix + n, path) for n in own}

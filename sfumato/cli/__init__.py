@@ -40,6 +40,13 @@ def reconstruct(args: list[str]) -> int:
     return verb(args)
 
 
+def algebra(args: list[str]) -> int:
+    """Vary, mix and move pictures in the space of CLIP."""
+    from sfumato.cli.algebra import algebra as verb
+
+    return verb(args)
+
+
 def info(args: list[str]) -> int:
     """Say what a system consists of, and under which license."""
     from sfumato.cli.about import info as verb
@@ -100,6 +107,7 @@ VERBS: dict[str, Verb] = {
     "generate": generate,
     "rerun": rerun,
     "reconstruct": reconstruct,
+    "algebra": algebra,
     "info": info,
     "data": data,
     "train": train,

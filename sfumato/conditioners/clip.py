@@ -39,9 +39,10 @@ class Tower:
     def __post_init__(self) -> None:
         self._check(self.skip)
 
-    def read(self, texts: Sequence[str], reading: Reading) -> tuple[Tensor, Tensor]:
-        """Tokens (B, chunks * context, width), and the embedding (B, embed) of the first chunk.
+    def read(self, texts: Sequence[str], reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, L, width), the embedding (B, embed) of the first chunk, and (B, L) bool where text is.
 
+        L is chunks * context.
         A weight multiplies a token's state, and the mean of the text is kept. Warns of what was cut.
 
         Raises: ValueError if blocks are to be left out that the tower does not have.
@@ -61,7 +62,9 @@ class Tower:
         if reading.weights:
             scaled = state * weights.reshape(n, -1, 1).to(state)
             state = scaled * (state.mean((1, 2), keepdim=True) / scaled.mean((1, 2), keepdim=True))
-        return state, found.embedding[:: reading.chunks]
+        lengths = torch.tensor([row.lengths for row in rows])[..., None]
+        real = (torch.arange(ids.shape[-1]) < lengths).flatten(1).to(device)
+        return state, found.embedding[:: reading.chunks], real
 
     def _check(self, skip: int) -> None:
         depth = self.encoder.config.depth
@@ -71,18 +74,20 @@ class Tower:
 
 @dataclass(frozen=True)
 class ClipText:
-    """Tokens of all towers side by side; the padding is read, too, as these systems were trained.
+    """Tokens of all towers side by side; the padding is read, too, as most of these systems were trained.
 
     Attributes:
         pooled: whether the projected end token of the last tower is a field, too.
         zero_null: without negative texts, what guidance leaves behind is zeros and not the empty text (SDXL).
         reading: how prompts are read where the inputs do not say.
+        mask: whether the padding is told from the text, as unCLIP's nets are trained.
     """
 
     towers: tuple[Tower, ...]
     pooled: bool = False
     zero_null: bool = False
     reading: Reading = field(default_factory=Reading)
+    mask: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Fields tokens and pooled of `inputs.text`; without text all pictures are unconditional.
@@ -101,10 +106,14 @@ class ClipText:
             empty = (one.map(torch.zeros_like) if self.zero_null else one).map(
                 lambda v: v.expand(inputs.n, *v.shape[1:])
             )
-        return replace(cond, tokens=empty.tokens, pooled=empty.pooled)
+        return replace(cond, tokens=empty.tokens, pooled=empty.pooled, mask=empty.mask)
 
     def encode(self, texts: Sequence[str], reading: Reading | None = None) -> Conditioning:
-        """Tokens and pooled of any texts, on the device of the towers."""
+        """Tokens, pooled and mask of any texts, on the device of the towers."""
         read = [tower.read(texts, reading or self.reading) for tower in self.towers]
-        tokens = torch.cat([tokens for tokens, _ in read], dim=2)
-        return Conditioning(tokens=tokens, pooled=read[-1][1] if self.pooled else None)
+        _, pooled, mask = read[-1]
+        return Conditioning(
+            tokens=torch.cat([tokens for tokens, _, _ in read], dim=2),
+            pooled=pooled if self.pooled else None,
+            mask=mask if self.mask else None,
+        )

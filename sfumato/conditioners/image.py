@@ -15,7 +15,17 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
-__all__ = ["Hint", "Inpaint", "LowRes", "checked_level", "enlarging", "fitted", "shrink_mask"]
+__all__ = [
+    "Hint",
+    "ImageEmbed",
+    "Inpaint",
+    "LowRes",
+    "checked_level",
+    "enlarging",
+    "fitted",
+    "shrink_mask",
+    "unit",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class LowRes:
     aug: float | None = None
     align: bool = False
     rounded: bool = False
+    antialias: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule is not None and self.aug is not None:
@@ -58,7 +69,11 @@ class LowRes:
         if self.rounded:
             low_res = ((low_res + 1) * 127.5).round() / 127.5 - 1
         picture = F.interpolate(
-            low_res, scale_factor=float(self.factor), mode=self.mode, align_corners=self.align
+            low_res,
+            scale_factor=float(self.factor),
+            mode=self.mode,
+            align_corners=self.align,
+            antialias=self.antialias,
         )
         if self.schedule is None or (self.aug is None and inputs.aug is None):
             return Conditioning(concat=picture)
@@ -107,6 +122,35 @@ def checked_level(aug: Tensor) -> Tensor:
             f"aug is {float(wrong[0]):g}; allowed: 0, the picture as it is, to 1, noise alone; try 0.1"
         )
     return aug
+
+
+@dataclass(frozen=True)
+class ImageEmbed:
+    """The image embedding that a prior drew or a picture has.
+
+    Attributes:
+        empty: number of pictures -> the embeddings (n, D) that stand for none; None = zeros.
+        unit: bring every embedding to a mean square of 1, so that those of texts will do as well.
+    """
+
+    empty: Callable[[int], Tensor] | None = None
+    unit: bool = False
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field image_embed (n, D). Raises: ValueError if there is none for each picture."""
+        if inputs.image_embed is None or len(inputs.image_embed) != inputs.n:
+            found = "none" if inputs.image_embed is None else f"{len(inputs.image_embed)}"
+            raise ValueError(
+                f"this stage draws {inputs.n} pictures from image embeddings, and there is {found}; run the "
+                "prior before it, or give image_embed"
+            )
+        return Conditioning(image_embed=unit(inputs.image_embed) if self.unit else inputs.image_embed)
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """The embeddings that stand for none."""
+        assert cond.image_embed is not None
+        none = torch.zeros_like(cond.image_embed) if self.empty is None else self.empty(inputs.n)
+        return replace(cond, image_embed=none)
 
 
 @dataclass(frozen=True)
@@ -174,6 +218,12 @@ def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[-2:] == torch.Size(size):
         return image
     return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """(n, D) with a mean square of 1 in each row."""
+    scale: float = embeddings.shape[1] ** 0.5
+    return scale * F.normalize(embeddings, dim=1)
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,11 +10,13 @@ from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, REC
     glide,
     imagen,
     latent,
+    openmoji_unclip,
     pixel,
     scenes,
     sdxl,
     stable,
     stable_written,
+    unclip,
 )
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES

@@ -6,12 +6,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.nets.encoder import EncoderBlock
 from sfumato.nets.transformer import FeedForward
 
-__all__ = ["CLIP", "CLIPConfig", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "TextStates"]
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "CLIPText",
+    "CLIPTextConfig",
+    "CLIPVision",
+    "CLIPVisionConfig",
+    "TextStates",
+    "seen",
+]
+
+# Mean and deviation of red, green and blue, in [0, 1], of the pictures of OpenAI.
+PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 Activation = Literal["quick", "none"]
 """GELU: "quick" in OpenAI's weights, "none" (exact) in OpenCLIP's."""
@@ -157,6 +170,21 @@ class CLIP(nn.Module):
         self.vision = CLIPVision(config.vision)
         self.text = CLIPText(config.text)
         self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07)
+
+    def see(self, pictures: Tensor) -> Tensor:
+        """Embeddings (B, embed) of pictures (B, 3, H, W) in [-1, 1], see `seen`."""
+        return self.vision(seen(pictures, self.vision.config.side))
+
+
+def seen(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as CLIP takes them: the middle square of this side, normalized."""
+    short = min(pictures.shape[-2:])
+    if short != side:
+        size = [round(n * side / short) for n in pictures.shape[-2:]]
+        pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = ((n - side) // 2 for n in pictures.shape[-2:])
+    mean, std = (pictures.new_tensor(v).reshape(3, 1, 1) for v in PIXELS)
+    return (pictures[..., top : top + side, left : left + side] / 2 + 0.5 - mean) / std
 
 
 def _blocks(c: CLIPTextConfig | CLIPVisionConfig) -> nn.ModuleList:

@@ -11,7 +11,7 @@ from pydantic import Field
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
-from sfumato.conditioners.image import Inpaint, LowRes
+from sfumato.conditioners.image import ImageEmbed, Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
 from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
@@ -25,6 +25,7 @@ __all__ = [
     "TEXTS",
     "ClipTextConfig",
     "ConditionerConfig",
+    "ImageEmbedConfig",
     "InpaintConfig",
     "LabelConfig",
     "LowResConfig",
@@ -89,12 +90,13 @@ class ClipTextConfig:
     pooled: bool = False
     zero_null: bool = False
     reading: Reading = field(default_factory=Reading)
+    mask: bool = False
     kind: Literal["clip_text"] = "clip_text"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
         towers = tuple(tower.build(parts) for tower in self.towers)
-        return ClipText(towers, self.pooled, self.zero_null, self.reading)
+        return ClipText(towers, self.pooled, self.zero_null, self.reading, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +136,27 @@ class LowResConfig:
     aug: float | None = None
     align: bool = False
     rounded: bool = False
+    antialias: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug, self.align, self.rounded)
+        return LowRes(
+            self.factor, self.mode, self.schedule, self.aug, self.align, self.rounded, self.antialias
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbedConfig:
+    """See conditioners.image.ImageEmbed; `empty` names a NullImage among the parts, "" = zeros."""
+
+    empty: str = ""
+    unit: bool = False
+    kind: Literal["image_embed"] = "image_embed"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return ImageEmbed(part_of("network", self.empty, parts.nets) if self.empty else None, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +173,13 @@ class InpaintConfig:
 
 
 ConditionerConfig = Annotated[
-    TokenTextConfig | ClipTextConfig | SizesConfig | LabelConfig | LowResConfig | InpaintConfig,
+    TokenTextConfig
+    | ClipTextConfig
+    | SizesConfig
+    | LabelConfig
+    | LowResConfig
+    | ImageEmbedConfig
+    | InpaintConfig,
     Field(discriminator="kind"),
 ]
 

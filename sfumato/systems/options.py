@@ -40,6 +40,7 @@ class SampleOptions:
         guidance: how strongly cond is preferred to null.
         threshold: bound on x0.
         start: where the walk begins.
+        candidates: embeddings that a prior draws for each picture; the one nearest to its text stays.
 
     Raises: ValueError in one line naming the value, what is allowed and the fix.
     """
@@ -53,12 +54,15 @@ class SampleOptions:
     guidance: Guidance = CFG()
     threshold: ThresholdConfig = None
     start: Start = FromNoise()
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         _check_knobs("sampler", self.sampler, SAMPLERS[self.sampler], self.knobs, skip=3)
         _check_knobs("spacing", self.spacing, SPACINGS[self.spacing], self.spacing_knobs, skip=2)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps is {self.steps!r}; allowed: a whole number of at least 1; try 20")
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}; allowed: at least 1")
         low, high = self.window
         if not 0 <= low < high <= 1:
             raise ValueError(

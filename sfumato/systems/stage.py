@@ -119,6 +119,8 @@ class Stage:
 
         Raises: ValueError for inputs or options that do not fit; Cancelled if `observe` raises it.
         """
+        if options.candidates > 1:
+            return self._nearest(inputs, options, noise, observe)
         shape = self.shape_for(inputs.size)
         inputs = _moved(replace(inputs, size=inputs.size or self.pixels), self.device)
         guidance = self._guidance(inputs, shape, options)
@@ -146,6 +148,29 @@ class Stage:
         if self.guide is None or asked.scale == 0:
             return asked if asked.scale else asked.inner
         return ScoreGuidance(self.guide(inputs, shape), asked.scale, asked.inner)
+
+    def _nearest(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None
+    ) -> Inputs:
+        """Of several embeddings for each picture the one with the largest cosine to its text's.
+
+        Ramesh et al. 2022 (arXiv:2204.06125), section 2.2, takes two.
+        """
+        inputs, one = _moved(inputs, self.device), replace(options, candidates=1)
+        with torch.no_grad():
+            text = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).pooled
+        if self.emits != "image_embed" or text is None or len(text[0]) != self.shape[0]:
+            raise ValueError(
+                f"candidates is {options.candidates}, and stage {self.name!r} draws nothing that can be "
+                "compared with its text: only a prior does; set it to 1"
+            )
+        streams = [noise, *(noise.fork(f"candidate {i}") for i in range(1, options.candidates))]
+        drawn = [self.run(inputs, one, stream, observe).image_embed for stream in streams]
+        rows = torch.stack([v for v in drawn if v is not None])  # (candidates, n, D)
+        best = torch.nn.functional.cosine_similarity(rows, text.to(rows), dim=2).argmax(0)
+        return replace(
+            inputs, image_embed=rows[best, torch.arange(inputs.n, device=rows.device)], latent=None
+        )
 
     def _walk(
         self,

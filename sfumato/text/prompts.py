@@ -24,11 +24,13 @@ class Rows(NamedTuple):
     Attributes:
         ids, weights: (chunks, context) each.
         rest: the end of the prompt that was cut, "" if all of it is read.
+        lengths: (chunks), ids of each that are no filling.
     """
 
     ids: list[list[int]]
     weights: list[list[float]]
     rest: str
+    lengths: list[int]
 
 
 def prompt_rows(tokenizer: Tokenizer, prompt: str, reading: Reading) -> Rows:
@@ -43,10 +45,11 @@ def prompt_rows(tokenizer: Tokenizer, prompt: str, reading: Reading) -> Rows:
         weights += [weight] * len(pieces[:free])
         if len(pieces) > free:
             rest.append(text[pieces[free - 1][1] if free else 0 :])
-    rows = Rows([], [], "".join(rest).strip())
+    rows = Rows([], [], "".join(rest).strip(), [])
     for at in range(0, reading.chunks * room, room):
         own, worth = ids[at : at + room], weights[at : at + room]
         fill = room - len(own)
+        rows.lengths.append(len(own) + 2)
         rows.ids.append([start, *own, end, *[pad] * fill])
         rows.weights.append([1.0, *worth, 1.0, *[1.0] * fill])
     return rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Tokenizer", "packages", "unpacked"]
 
-PAD, START, END, UNKNOWN = "[PAD]", "[START]", "[END]", "[UNK]"
+PAD, START, END, UNKNOWN, LAST = "[PAD]", "[START]", "[END]", "[UNK]", "[LAST]"
 
 
 class Tokenizer:
@@ -113,11 +113,16 @@ class Tokenizer:
         return Tokenizer(engine, int(truncation["max_length"]))
 
     @staticmethod
-    def train(texts: Iterable[str], *, vocab_size: int = 4096, context: int = 16) -> Tokenizer:
+    def train(
+        texts: Iterable[str], *, vocab_size: int = 4096, context: int = 16, end_highest: bool = False
+    ) -> Tokenizer:
         """Byte-pair encoding learned from captions: lower case, words marked by a leading space.
 
         With a vocabulary large enough every word of the captions is one token, and a word that they do not
         hold is still spelled from its pieces.
+
+        Args:
+            end_highest: texts end in the highest id, by which CLIP finds the end.
         """
         engine = Engine(models.BPE(unk_token=UNKNOWN))
         engine.normalizer = normalizers.Sequence(
@@ -129,8 +134,11 @@ class Tokenizer:
         engine.train_from_iterator(
             texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
         )
-        ends = [(token, engine.token_to_id(token)) for token in (START, END)]
-        engine.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+        end = LAST if end_highest else END
+        if end_highest:
+            engine.add_special_tokens([end])
+        ends = [(token, engine.token_to_id(token)) for token in (START, end)]
+        engine.post_processor = processors.TemplateProcessing(single=f"{START} $A {end}", special_tokens=ends)
         return Tokenizer(engine, context)
 
 

@@ -34,7 +34,7 @@ TOYS = [name for name in RECIPES if name.startswith("toy-")]
 def toy(name: str, pictures: Path, out: Path, **trainer) -> Recipe:
     """A toy whose results go below `out`, and what it builds upon is trained there first."""
     recipe = RECIPES[name]()
-    for field in ("init", "embedder"):
+    for field in ("init", "embedder", "clip"):
         if (needed := getattr(recipe.task, field, None)) is not None:
             train(toy(needed.name, pictures, out, images=16))
             recipe = replace(recipe, task=replace(recipe.task, **{field: out / needed.name}))

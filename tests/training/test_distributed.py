@@ -84,6 +84,11 @@ def test_two_processes_equal_one_and_any_number_takes_up_what_they_have_saved(tm
     assert previews[0] == previews[1]
 
 
+def test_a_clip_compares_the_pairs_of_all_processes(tmp_path):
+    run(tmp_path, "clip1:toy-clip:1:replicate", "clip2:toy-clip:2:replicate")
+    assert_equal_weights(tmp_path, "clip1", "clip2", CLOSE["abs"])
+
+
 def test_adapters_unets_and_both_phases_of_an_autoencoder_train_in_two_processes(tmp_path):
     run(
         tmp_path,

@@ -39,7 +39,7 @@ class Part(Generic[C]):
         names: the rows of our config.
         published: the settings of our config, for writing; ValueError if the reference cannot compute it. A
             second argument has what the net does not know, such as the size of its pictures.
-        prefix: of its names in a file with several parts.
+        prefix: of its names in the file; a file of one net, or its copy by others, may lack it.
         constants: tensors of the file that follow from the settings; written, and compared when read.
         aliases: (old, new) pieces of names: what older files say, and what the rows say.
         known: names that settings may have; others in a config.json are passed over.
@@ -100,6 +100,7 @@ class Layout:
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
         names = {part.renamed(name) for part in self.parts for name in shapes}
+        names |= {name.removeprefix(part.prefix) for part in self.parts for name in names}
         others = bool(self.absent) and any(name.startswith(self.absent) for name in names)
         return all(mark in names for mark in self.marks) and not others
 

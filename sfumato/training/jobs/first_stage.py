@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -13,15 +14,25 @@ from sfumato.checkpoints.layouts.lpips import read_lpips
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIP
 from sfumato.nets.perceptual import FeatureDistance, PerceptualNet
-from sfumato.training.batches import check_labels
-from sfumato.training.jobs.job import Job, Place, examples, picture_batches, settle, trained
+from sfumato.training.batches import check_captions, check_labels
+from sfumato.training.jobs.job import (
+    Job,
+    Place,
+    examples,
+    picture_batches,
+    settle,
+    trained,
+    vocabulary_of,
+)
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from sfumato.training.tasks.classifying import Classifying, ClassifyingConfig
+from sfumato.training.tasks.contrastive import Contrastive, ContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWords, CaptionWordsConfig, vocabulary
 
-__all__ = ["autoencoding", "caption_words", "classifying"]
+__all__ = ["autoencoding", "caption_words", "classifying", "contrastive"]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -90,5 +101,21 @@ def classifying(recipe: Recipe, config: ClassifyingConfig, place: Place) -> Job:
 
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
         return Folder(Parts({"classifier": averaged["classifier"]}), {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)
+
+
+def contrastive(recipe: Recipe, config: ContrastiveConfig, place: Place) -> Job:
+    """Publishes the CLIP and its tokenizer. Raises: ValueError if there are no captions."""
+    check_captions(place.pictures)
+    text = config.net.text
+    tokenizer = vocabulary_of(place, text.vocab, text.context, end_highest=True)
+    net = CLIP(replace(config.net, text=replace(text, vocab=tokenizer.vocab_size)))
+    task = Contrastive(net, tokenizer, examples(place), place.world)
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        parts = Parts({"clip": averaged["clip"]}, {"tokenizer": tokenizer})
+        return Folder(parts, {}, to_json(place.about), place.card)
 
     return Job(task, picture_batches(recipe, place), result)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner
-from sfumato.conditioners.image import enlarging
 from sfumato.core.random import Noise
-from sfumato.core.types import Inputs
+from sfumato.core.types import Conditioning, Inputs
+from sfumato.data.degrade import DegradeConfig
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Discrete, Flow, ScheduleConfig
@@ -22,6 +22,7 @@ from sfumato.nets.autoencoder import DiagonalGaussian
 from sfumato.nets.dit import DiTConfig
 from sfumato.nets.lora import LoraConfig
 from sfumato.nets.mlp import MLPConfig
+from sfumato.nets.prior import PriorConfig
 from sfumato.nets.t5 import T5Config
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig
@@ -32,9 +33,8 @@ from sfumato.systems.stage import Stage
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Denoising", "DenoisingConfig", "holes_in"]
+__all__ = ["Complete", "Denoising", "DenoisingConfig"]
 
-EVERYTHING = 0.25  # share of the holes that are the whole picture
 Posterior = Literal["sample", "mean"]
 
 
@@ -55,6 +55,9 @@ class DenoisingConfig:
             pixels.
         embedder: folder of a trained perceptual net, or of a run that trained one: its pooled features are
             what is denoised.
+        clip: folder of a trained CLIP, or of a run that trained one. Its text tower reads the captions; a
+            prior denoises the embeddings of its pictures, and a net with image tokens is told them.
+        degrade: how the small picture of an upsampler is made, which its net takes as 3 more channels.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented; and every caption,
             if the text tower is not trained.
@@ -68,6 +71,7 @@ class DenoisingConfig:
         dropout: share of captions and labels that are replaced by null ones, for classifier-free guidance.
         holes: train the net to fill holes too, for which it reads a masked picture and its mask: 2 C + 1
             channels. Those that `init` lacks begin at zero. Pictures only.
+        dropout_image: share of image embeddings that are, independently of the captions.
         sampling: how previews and the finished system sample unless told otherwise.
         prompts: of the preview; picture i has seed i. Empty = captions of the data.
         init: folder of a system, or of a run that made one, whose training is taken up: net, text tower,
@@ -82,11 +86,13 @@ class DenoisingConfig:
     """
 
     kind: Literal["denoising"] = "denoising"
-    net: DiTConfig | UNetConfig | MLPConfig | None = field(default_factory=DiTConfig)
+    net: DiTConfig | UNetConfig | MLPConfig | PriorConfig | None = field(default_factory=DiTConfig)
     text: TextTransformerConfig | T5Config | None = None
     low_res: LowResConfig | None = None
     autoencoder: Path | None = None
     embedder: Path | None = None
+    clip: Path | None = None
+    degrade: DegradeConfig | None = None
     posterior: Posterior = "sample"
     cache: bool = True
     latents: Path | None = None
@@ -97,6 +103,7 @@ class DenoisingConfig:
     uncertainty: int | None = None
     dropout: float = 0.1
     holes: bool = False
+    dropout_image: float = 0.1
     sampling: SampleOptions = field(default_factory=SampleOptions)
     prompts: tuple[str, ...] = ()
     init: Path | None = None
@@ -107,12 +114,14 @@ class DenoisingConfig:
     control: Literal["edges"] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; allowed: a share in [0, 1), such as 0.1")
+        for name, share in (("dropout", self.dropout), ("dropout_image", self.dropout_image)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is {share}; allowed: a share in [0, 1), such as 0.1")
         if self.autoencoder is not None and self.embedder is not None:
             raise ValueError("autoencoder and embedder are both given; choose what is to be denoised")
         if self.uncertainty is not None and self.uncertainty < 1:
             raise ValueError(f"uncertainty is {self.uncertainty} features; allowed: at least 1, such as 128")
+        self._check_clip()
         self._check_variance()
         self._check_init()
 
@@ -120,6 +129,16 @@ class DenoisingConfig:
     def adapts(self) -> bool:
         """Whether adapters are trained and nothing else."""
         return self.lora is not None or self.lora_text is not None
+
+    def _check_clip(self) -> None:
+        if self.clip is None and isinstance(self.net, PriorConfig):
+            raise ValueError("a prior denoises the embeddings of a CLIP: set task.clip to its folder")
+        if self.clip is not None and (self.text is not None or self.embedder is not None):
+            raise ValueError(
+                "task.clip reads the captions and embeds the pictures: leave out text and embedder"
+            )
+        if self.degrade is not None and self.autoencoder is not None:
+            raise ValueError("task.degrade is for an upsampler of pictures: leave out autoencoder")
 
     def _check_variance(self) -> None:
         vlb = self.objective.vlb
@@ -159,6 +178,9 @@ class Remembering(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+Complete = Callable[[Inputs, Tensor, Noise], Inputs]
+
+
 class Denoising:
     """One phase, "denoiser": the objective at random levels, with captions and labels dropped at random.
 
@@ -174,15 +196,17 @@ class Denoising:
         memories: further state of the run.
 
     Attributes:
-        hint: pictures (B, 3, H, W) -> what a ControlNet reads, if one is trained; set by the job.
         embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
             the job, for the validation of the run.
-        holes: whether every picture comes with a hole to be filled; set by the job.
+        complete: inputs, pictures and their noise -> inputs with what is told of the pictures themselves.
+        crop: side of the part of each picture that is trained on, a multiple of `cell`; None = all.
     """
 
     embed: Callable[[Tensor], Tensor] | None = None
-    holes = False
-    hint: Callable[[Tensor], Tensor] | None = None
+    complete: Complete | None = None
+    dropout_image = 0.0
+    crop: int | None = None
+    cell = 1
 
     def __init__(
         self,
@@ -198,8 +222,6 @@ class Denoising:
     ) -> None:
         self.denoiser: Denoiser = stage.denoiser
         self.conditioner: Conditioner = stage.conditioner
-        enlarger = enlarging(stage.conditioner)
-        self.augments = enlarger is not None and enlarger.schedule is not None
         self.codec: Codec = stage.codec
         self.objective = objective
         self.dropout = dropout
@@ -215,18 +237,26 @@ class Denoising:
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
+        if self.crop is not None:
+            batch = replace(batch, images=_cropped(batch.pictures, self.crop, self.cell, noise))
         x0 = self.clean(batch, noise)
-        image, mask = (x0, holes_in(x0, noise)) if self.holes else (batch.images, None)
-        hint = None if self.hint is None else self.hint(batch.pictures)
-        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels, image=image, mask=mask, hint=hint)
-        if self.augments:
-            inputs = replace(inputs, aug=noise.uniform(torch.empty(len(batch))))
-        cond = self.conditioner(inputs, noise).to(x0.device)
-        keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
-        null = self.conditioner.null(inputs, cond).to(x0.device)
-        cond = cond.select(keep.to(x0.device), null)
+        inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels)
+        if self.complete is not None:
+            inputs = self.complete(inputs, batch.pictures, noise.fork("told"))
+        cond = self._told(inputs, noise, x0.device)
         losses = self.objective(self.denoiser, x0, cond, noise, uncertainty=self.uncertainty)
         yield Loss("denoiser", losses.loss.mean(), {name: v.mean() for name, v in losses.metrics.items()})
+
+    def _told(self, inputs: Inputs, noise: Noise, device: torch.device) -> Conditioning:
+        """What the net is told, with captions and labels dropped, and image embeddings independently."""
+        full = self.conditioner(inputs, noise).to(device)
+        keep = noise.uniform(torch.empty(inputs.n)) >= self.dropout
+        null = self.conditioner.null(inputs, full).to(device)
+        cond = full.select(keep.to(device), null)
+        if full.image_embed is None or null.image_embed is None:
+            return cond
+        keep = (noise.uniform(torch.empty(inputs.n, 1)) >= self.dropout_image).to(device)
+        return replace(cond, image_embed=torch.where(keep, full.image_embed, null.image_embed))
 
     def clean(self, batch: Batch, noise: Noise) -> Tensor:
         """What is to be denoised: pictures or latents (B, C, h, w), or embeddings (B, D).
@@ -246,13 +276,11 @@ class Denoising:
         return self._draw(averaged)
 
 
-def holes_in(x: Tensor, noise: Noise) -> Tensor:
-    """A random box of each picture (B, C, H, W), or all of it, as a mask (B, 1, H, W), 1 = to be filled."""
-    whole, *ends = noise.uniform(torch.empty(len(x), 5)).unbind(1)
-    mask = torch.ones(len(x), 1, *x.shape[2:])
-    for side, axis in ((x.shape[2], 2), (x.shape[3], 3)):
-        low, high = (ends.pop(), ends.pop())
-        at = torch.arange(side).view(-1, *[1] * (3 - axis)) + 0.5
-        low, high = (v.view(-1, 1, 1, 1) * side for v in (torch.minimum(low, high), torch.maximum(low, high)))
-        mask = mask * ((at >= low) & (at <= high))
-    return torch.where((whole < EVERYTHING).view(-1, 1, 1, 1), torch.ones_like(mask), mask).to(x)
+def _cropped(pictures: Tensor, side: int, cell: int, noise: Noise) -> Tensor:
+    """A random square of each picture whose corner is a multiple of `cell`."""
+    free = [(n - side) // cell + 1 for n in pictures.shape[-2:]]
+    if min(free) < 1:
+        raise ValueError(f"crops of {side} pixels from pictures of {tuple(pictures.shape[-2:])}; lower crop")
+    top, left = (noise.integers(n) * cell for n in free)
+    rows = zip(pictures, top.tolist(), left.tolist(), strict=True)
+    return torch.stack([p[:, t : t + side, x : x + side] for p, t, x in rows])
