@@ -246,8 +246,8 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
 def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     told = read_json(path / CONFIG)
     name = str(told.get("_class_name") or (told.get("architectures") or [""])[0])
-    allowed = [layout] if layout else _of_class(name)
-    if not allowed:
+    layout = layout or _of_class(name)
+    if layout is None:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
     state = _folder_weights(path)

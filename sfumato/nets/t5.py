@@ -95,7 +95,8 @@ class T5Block(nn.Module):
     def __init__(self, c: T5Config) -> None:
         super().__init__()
         inner = c.heads * c.head_dim
-        self.heads, self.gated, self.activation = c.heads, c.gated, ACTIVATIONS[c.activation]
+        self.heads, self.gated = c.heads, c.gated
+        self.activation = ACTIVATIONS[c.activation]
         self.norm1, self.norm2 = nn.RMSNorm(c.width, eps=c.eps), nn.RMSNorm(c.width, eps=c.eps)
         self.q, self.k, self.v = (nn.Linear(c.width, inner, bias=False) for _ in range(3))
         self.out = nn.Linear(inner, c.width, bias=False)

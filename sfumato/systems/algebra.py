@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.conditioners.base import Conditioner, Merged
-from sfumato.conditioners.image import ImageEmbed, unit
+from sfumato.conditioners.image import ImageEmbed, fitted, unit
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.diffusion.guidance import CFG
@@ -21,7 +21,7 @@ from sfumato.diffusion.sampling import SAMPLERS, Run, integrate
 from sfumato.nets.clip import CLIPText, CLIPVision, seen
 from sfumato.systems.request import seeds_for
 from sfumato.systems.stage import Stage
-from sfumato.systems.start import Continue, fitted
+from sfumato.systems.start import Continue
 from sfumato.systems.system import System
 
 __all__ = ["Axes", "Space", "difference", "slerp", "spherical_mean"]
