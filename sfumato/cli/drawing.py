@@ -12,6 +12,7 @@ from sfumato import __version__
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -59,15 +60,10 @@ class Drawing:
 
     def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
-        return system.generate(
-            [self.prompt],
-            negative=self.negative,
-            **({} if self.label is None else {"label": [self.label]}),
-            seed=self.seed,
-            size=self.size,
-            options=self.options,
-            observe=observe,
-        )[0]
+        request: Request = {"negative": self.negative, "size": self.size, "options": self.options}
+        if self.label is not None:
+            request["label"] = [self.label]
+        return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 
 
 def record_of(drawing: Drawing, system: System) -> dict[str, object]:
