@@ -50,7 +50,10 @@ def _encoder(width: int, at: tuple[int, ...], mults: tuple[int, ...], groups: in
 
 @RECIPES("openmoji-classifier")
 def openmoji_classifier() -> Recipe:
-    """Which of OpenMoji's groups a noisy picture of 32x32 shows, with ADM's attention pooling."""
+    """Which of OpenMoji's groups a noisy picture of 32x32 shows, with ADM's attention pooling; untried.
+
+    The metadata must have the column "group": `sfumato data openmoji` adds it to an earlier rendering.
+    """
     net = NoisyClassifierConfig(
         encoder=_encoder(48, (1, 2), (1, 2, 2)), num_classes=len(GROUPS), size=32, head_dim=48
     )

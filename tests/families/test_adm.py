@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
 from sfumato.diffusion.guidance import Guided
 from sfumato.diffusion.spacings import respaced_indices
+from sfumato.evaluation.npz import PictureFile
+from sfumato.evaluation.pictures import Generated
 from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.classifier import NoisyClassifier, NoisyClassifierConfig
@@ -40,10 +43,13 @@ def unet(inputs: int = 3, outputs: int = 6, classes: int | None = 4, width: int 
     )
 
 
-def stirred(net: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+def stirred(kind: type[torch.nn.Module], config: object) -> torch.nn.Module:
+    """The same random weights each time, none of them zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = kind(config)
+        for p in net.parameters():
+            p.data += 0.1 * torch.randn_like(p)
     return net.eval()
 
 
@@ -58,13 +64,13 @@ def files(tmp_path_factory):
         "odd": unet(inputs=4),
     }
     for name, config in shapes.items():
-        sfumato.save_nets({"net": stirred(UNet(config))}, folder / f"{name}.pt", layout="adm")
+        sfumato.save_nets({"net": stirred(UNet, config)}, folder / f"{name}.pt", layout="adm")
     return folder
 
 
 def classifier(classes: int = 4, size: int = 8) -> dict[str, torch.nn.Module]:
     config = NoisyClassifierConfig(encoder=unet(classes=None), num_classes=classes, size=size, head_dim=16)
-    return {"classifier": stirred(NoisyClassifier(config))}
+    return {"classifier": stirred(NoisyClassifier, config)}
 
 
 def bars(schedule: str, steps: int) -> Tensor:
@@ -125,7 +131,7 @@ WALKS = {
 @pytest.mark.parametrize("case", WALKS)
 @torch.no_grad()
 def test_a_walk_is_a_plain_loop_of_the_reference_s_formulas(case, files):
-    """1e-4 of the largest value; the nets round in float32."""
+    """The nets round in float32, and the first step of the cosine divides that by an alpha of 5e-5."""
     name, schedule, respacing, how = WALKS[case]
     config = HEADS | {"noise_schedule": schedule, "timestep_respacing": respacing}
     config |= {"clip_denoised": how["clip"], "use_ddim": how.get("ddim", False)}
@@ -148,7 +154,7 @@ def test_a_walk_is_a_plain_loop_of_the_reference_s_formulas(case, files):
     told = label if name == "base" else None
     expected = walk(system.parts.nets["net"], told, schedule, respacing, grad=grad if guide else None, **how)
     assert expected.std() > 0.1
-    torch.testing.assert_close(done, expected.clamp(-1, 1).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(done, expected.clamp(-1, 1).float(), rtol=0, atol=5e-4)
 
 
 @torch.no_grad()
@@ -172,9 +178,9 @@ def test_a_guided_system_is_kept_with_its_guide(files, tmp_path):
     again = sfumato.load(tmp_path / "system")
     asked = Inputs(n=1, label=torch.tensor([2]))
     first, free = (again.run(asked, again.resolve(guidance=g)).low_res for g in (2.5, 0))
-    # Convolutions sum in another order over memory that is laid out otherwise.
-    torch.testing.assert_close(first, system.run(asked).low_res, rtol=0, atol=1e-4)
-    assert (first - free).abs().max() > 1e-3
+    # Convolutions sum in another order over memory that is laid out otherwise, and x0 divides by alpha.
+    torch.testing.assert_close(first, system.run(asked).low_res, rtol=0, atol=2e-3)
+    assert (first - free).abs().max() > 2e-2
     assert again.generate(label=[2])[0].size == (8, 8)
 
 
@@ -262,3 +268,16 @@ def test_the_command_takes_a_class_and_a_guide(files, tmp_path, monkeypatch, cap
     assert a != b == c
     assert cli.main(["generate", "", "--guide", "run", *command]) == 2
     assert "the classifier guides to a class and label is none" in capsys.readouterr().err
+
+
+def test_samples_for_the_evaluator_go_through_the_classes(files, tmp_path):
+    config = HEADS | {"noise_schedule": "linear", "timestep_respacing": "2"}
+    free = sfumato.guided(sfumato.load(files / "free.pt", config=config), classifier())
+    for system in (sfumato.load(files / "base.pt", config=config), free):
+        drawn = Generated(system, n=6, seed=3, texts=None, request={})
+        with PictureFile(tmp_path / "s.npz", (6, *drawn.size)) as file:
+            file.add(drawn(range(6)))
+        arrays = np.load(tmp_path / "s.npz")["arr_0"]
+        assert (arrays.shape, arrays.dtype) == ((6, 8, 8, 3), np.uint8)
+        alone = system.generate(label=[1], seed=8)[0]  # the sixth picture, of class 5 - 4
+        assert np.abs(arrays[5].astype(int) - np.asarray(alone)).max() <= 1

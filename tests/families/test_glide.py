@@ -29,10 +29,13 @@ SEEDS = [5, 6]
 TEXTS = ["a Low fox", ""]
 
 
-def stirred(net: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+def stirred(kind: type[torch.nn.Module], config: object) -> torch.nn.Module:
+    """The same random weights each time, none of them zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = kind(config)
+        for p in net.parameters():
+            p.data += 0.1 * torch.randn_like(p)
     return net.eval()
 
 
@@ -62,7 +65,7 @@ def files(tmp_path_factory):
             block=BlockConfig(film=True, resample="residual"),
         )
         text = TextTransformerConfig(vocab_size=260, context=7, width=16, depth=1, heads=2, padding="learned")
-        nets = {"net": stirred(UNet(net)), "text": stirred(TextTransformer(text))}
+        nets = {"net": stirred(UNet, net), "text": stirred(TextTransformer, text)}
         sfumato.save_nets(nets, folder / f"{name}.pt", layout="glide")
     return folder
 
@@ -147,7 +150,10 @@ def test_a_hole_is_filled_around_what_is_known(name, files):
     inputs = Inputs(n=2, text=TEXTS, image=image, mask=mask, low_res=low)
     concat = stage.conditioner(inputs).concat
     assert torch.equal(concat[:, :4], torch.cat([image * (1 - mask), 1 - mask], 1))
-    done = system.run(inputs).low_res
+    seen = []
+    done = system.run(inputs, observe=lambda p: seen.append(p.denoised.x0)).low_res
+    assert len(seen) == 3
+    assert all(torch.equal(x0 * (1 - mask), image * (1 - mask)) for x0 in seen)
     assert torch.equal(done * (1 - mask), image * (1 - mask))
     assert (done - image).abs().amax((1, 2, 3)).min() > 0.1
     assert system.run(Inputs(n=2, text=TEXTS, low_res=low)).low_res.shape == (2, 3, 8, 8)
@@ -160,8 +166,8 @@ def test_clip_guides_to_the_text(files, tmp_path):
     vocabulary_of_clip(tmp_path)
     shape = {"width": 32, "depth": 1, "heads": 2, "embed": 16}
     towers = {
-        "text": stirred(NoisedText(NoisedTextConfig(**shape, vocab=520, context=8))),
-        "image": stirred(NoisedVision(NoisedVisionConfig(**shape, size=8, patch=4))),
+        "text": stirred(NoisedText, NoisedTextConfig(**shape, vocab=520, context=8)),
+        "image": stirred(NoisedVision, NoisedVisionConfig(**shape, size=8, patch=4)),
     }
     for name, net in towers.items():
         sfumato.save_nets({name: net}, tmp_path / f"clip_{name}_enc.pt", layout=f"glide-clip-{name}")
