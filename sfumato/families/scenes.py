@@ -12,7 +12,6 @@ from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Flow
 from sfumato.diffusion.times import LogitNormal
-from sfumato.diffusion.weights import EDMWeight
 from sfumato.families.registry import RECIPES
 from sfumato.nets.autoencoder import AutoencoderConfig
 from sfumato.nets.dit import DiTConfig
@@ -81,11 +80,11 @@ def scenes_autoencoder() -> Recipe:
 
 @RECIPES("scenes-dit")
 def scenes_dit() -> Recipe:
-    """A text-to-image DiT on the latents of scenes-autoencoder, 2x2 of them to a token."""
+    """A text-to-image DiT on the latents of scenes-autoencoder, 4x4 of them to a token."""
     net = DiTConfig(
-        patch=2,
-        width=192,
-        depth=6,
+        patch=4,
+        width=256,
+        depth=7,
         heads=4,
         text_dim=TEXT_WIDTH,
         pooled_dim=TEXT_WIDTH,
@@ -98,9 +97,8 @@ def scenes_dit() -> Recipe:
         autoencoder=RUNS / "scenes-autoencoder",
         posterior="mean",
         schedule=Flow(multiplier=1000.0),
-        # Scenes are simple and their noise is not: a small net learns sooner to say the scene.
-        prediction="x0",
-        objective=Objective(times=LogitNormal(mean=1.0, std=1.2), weight=EDMWeight(sigma_data=1.0)),
+        prediction="flow",
+        objective=Objective(times=LogitNormal(mean=1.0, std=1.2)),
         dropout=0.1,
         sampling=SampleOptions(sampler="euler", steps=20, spacing="trailing", guidance=CFG(2.0)),
         prompts=PROMPTS,
@@ -118,7 +116,7 @@ def scenes_dit() -> Recipe:
             decay=0.3,
             final=0.02,
         ),
-        trainer=TrainerConfig(images=200_000, batch=16, ema=0.998, preview_every=10_000, save_every=10_000),
+        trainer=TrainerConfig(images=220_000, batch=32, ema=0.995, preview_every=20_000, save_every=10_000),
         about=_about("Text-to-image latent diffusion on scenes, 64x64."),
     )
 
