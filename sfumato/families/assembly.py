@@ -18,15 +18,7 @@ from sfumato.core.registry import Registry
 from sfumato.systems.config import LatentsConfig
 from sfumato.systems.system import System
 
-__all__ = [
-    "ASSEMBLIES",
-    "PUBLICATIONS",
-    "Publication",
-    "latents_of",
-    "needed",
-    "system_of",
-    "write_system",
-]
+__all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "needed", "system_of", "write_system"]
 
 SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder, which others took over
 
