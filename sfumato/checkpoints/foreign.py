@@ -269,10 +269,8 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
     for stem in WEIGHTS:
         for index in (path / f"{stem}.safetensors.{name}" for name in SHARDED):
             if index.is_file():
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-                return {
-                    k: v for shard in shards for k, v in read_safetensors(path / Path(shard).name).items()
-                }
+                shards = sorted({path / Path(name).name for name in read_json(index)["weight_map"].values()})
+                return {k: v for shard in shards for k, v in read_safetensors(shard).items()}
         for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
             if (path / f"{stem}{ending}").is_file():
                 return _tensors(read_weights(path / f"{stem}{ending}"), path)

@@ -216,7 +216,6 @@ def _drawings(
     asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
     options = system.resolve(**asked)
     reading = Reading(weights=flags.prompt_weights, chunks=flags.prompt_chunks, skip=flags.clip_skip)
-    own = reading == Reading()  # then the system's settings decide
     final = size or system.size
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
@@ -228,7 +227,7 @@ def _drawings(
             seed=seed,
             size=final,
             options=options,
-            reading=None if own else reading,
+            reading=None if reading == Reading() else reading,  # else the system's settings decide
         )
         for seed in seeds
     ]

@@ -18,15 +18,7 @@ from sfumato.core.registry import Registry
 from sfumato.systems.config import LatentsConfig
 from sfumato.systems.system import System
 
-__all__ = [
-    "ASSEMBLIES",
-    "PUBLICATIONS",
-    "Publication",
-    "latents_of",
-    "needed",
-    "system_of",
-    "write_system",
-]
+__all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "needed", "system_of", "write_system"]
 
 # What becomes of networks that come without a denoiser.
 ALONE = {

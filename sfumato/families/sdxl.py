@@ -10,11 +10,7 @@ from torch import nn
 from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
 from sfumato.diffusion.guidance import CFG
-from sfumato.families.assembly import (
-    ASSEMBLIES,
-    latents_of,
-    needed,
-)
+from sfumato.families.assembly import ASSEMBLIES, latents_of, needed
 from sfumato.families.schedulers import Sampling, sampling_of
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText

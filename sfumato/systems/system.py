@@ -17,7 +17,7 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.conditioning import TEXTS, LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import TEXTS, ClipTextConfig, LabelConfig, TokenTextConfig
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, entered, inputs_for, options_for, seeds_for
@@ -181,6 +181,8 @@ class System:
         if classes and not self.reads_text and "label" not in request and text:
             request = {**request, "label": [text] if isinstance(text, str) else text}
             text = None
+        if "reading" in request and not any(isinstance(c, ClipTextConfig) for c in kinds):
+            raise ValueError("CLIP does not read the prompts of this system; leave out how it is to read")
         return inputs_for(text, request, self.size, classes.names if classes else ())
 
     def _check_names(self, *names: str) -> None:

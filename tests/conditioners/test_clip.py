@@ -129,16 +129,16 @@ def test_words_weigh_and_blocks_are_left_out_on_request(tmp_path: Path) -> None:
     _, ours = tower("CLIPTextModel", tmp_path / "a", 24)
     tokenizer = clip_tokenizer(words(tmp_path / "w", "<|endoftext|>"))
     text = ClipText((Tower(tokenizer, ours),))
-    plain = text(Inputs(text=["ab"])).tokens
-    found = text(Inputs(text=["(a:1.5)b"], reading=Reading(weights=True)))
+    plain = text(Inputs(text=["a b"])).tokens
+    found = text(Inputs(text=["(a:1.5) b"], reading=Reading(weights=True)))
     weights = torch.ones(77, 1)
     weights[1] = 1.5
     scaled = plain * weights
     torch.testing.assert_close(found.tokens, scaled * (plain.mean() / scaled.mean()))
     assert not torch.allclose(found.tokens, scaled)
     own = ClipText((Tower(tokenizer, ours),), reading=Reading(weights=True))
-    torch.testing.assert_close(own(Inputs(text=["(a:1.5)b"])).tokens, found.tokens)
-    skipped = ClipText((Tower(tokenizer, ours, 1),))(Inputs(text=["ab"])).tokens
-    torch.testing.assert_close(text(Inputs(text=["ab"], reading=Reading(skip=1))).tokens, skipped)
+    torch.testing.assert_close(own(Inputs(text=["(a:1.5) b"])).tokens, found.tokens)
+    skipped = ClipText((Tower(tokenizer, ours, 1),))(Inputs(text=["a b"])).tokens
+    torch.testing.assert_close(text(Inputs(text=["a b"], reading=Reading(skip=1))).tokens, skipped)
     with pytest.raises(ValueError, match="skip is 3 for a text tower of 3 blocks; allowed: 0 to 2"):
-        text(Inputs(text=["ab"], reading=Reading(skip=3)))
+        text(Inputs(text=["a b"], reading=Reading(skip=3)))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 import sfumato
+from sfumato import cli
 from sfumato.core.image import from_pil, to_float
+from sfumato.core.png import read_record
 from sfumato.core.types import Inputs
 from sfumato.families.sdxl import refined
 
@@ -300,3 +302,21 @@ def test_a_long_prompt_is_cut_with_a_notice_or_read_in_pieces(folders: Path) -> 
     reading = sfumato.Reading(chunks=2)
     pictures = [system.generate(t, negative="dull", size=16, steps=2, reading=reading) for t in ("a", text)]
     assert pictures[0][0].tobytes() != pictures[1][0].tobytes()
+
+
+def test_the_command_tells_what_is_cut_and_draws_again(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--steps", "1", "--size", "16", "--out", str(tmp_path), "--system", str(folders / "base")]
+    text = "red heart and so on " * 8
+    assert cli.main(["generate", text, *asked]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("sfumato: the prompt 'red heart and so on red ")
+    assert said.err.count("\n") == 1
+    assert cli.main(["generate", text, "--prompt-chunks", "3", "--clip-skip", "1", *asked]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    record = read_record(Path(said.out.strip()))
+    assert record["reading"] == {"weights": False, "chunks": 3, "skip": 1}
+    assert cli.main(["rerun", said.out.strip(), "--system", str(folders / "base")]) == 0
+    assert capsys.readouterr().out.endswith("same bytes\n")
