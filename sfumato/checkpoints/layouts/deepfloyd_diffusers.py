@@ -85,7 +85,7 @@ OWN = replace(
 
 
 def _names(c: UNetConfig) -> KeyMap:
-    top = {"encoder_hid_proj": "encoder.tokens.proj"} if c.tokens and c.tokens.width else {}
+    top: LeafTable = {"encoder_hid_proj": "encoder.tokens.proj"} if c.tokens and c.tokens.width else {}
     return names_of(c, replace(OWN, top={**OWN.top, **top}))
 
 
