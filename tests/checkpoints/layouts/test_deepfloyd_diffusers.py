@@ -59,7 +59,7 @@ PUBLISHED = {
     "if-ii-l": II,
     "if-ii-l tokens alone": II | {"only_cross_attention": True},
 }
-SMALL = {"layers_per_block": 1, "attention_head_dim": 16, "cross_attention_dim": 48, "norm_num_groups": 32}
+SMALL = {"layers_per_block": 1, "attention_head_dim": 16, "cross_attention_dim": 64, "norm_num_groups": 32}
 TINY = {
     "first": stage([32, 64], 1, **SMALL, encoder_hid_dim=24, addition_embed_type_num_heads=4),
     "no projection": stage(
@@ -104,7 +104,7 @@ def test_published_shapes_both_ways(name: str) -> None:
 def test_tiny_twins_compute_the_same_and_are_written_back(name: str, tmp_path) -> None:
     model = diffusers.UNet2DConditionModel(**TINY[name]).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.05)
     model.save_pretrained(tmp_path / "unet")
     net = sfumato.load_nets(tmp_path / "unet", layout="diffusers")["net"]
     side = 2 ** len(TINY[name]["block_out_channels"]) * 2
@@ -116,7 +116,7 @@ def test_tiny_twins_compute_the_same_and_are_written_back(name: str, tmp_path) -
         wanted = model(x, t, text, **labels).sample
         made = net(x, t, Conditioning(tokens=text, aug=aug.float()))
     assert wanted.std() > 0.1
-    torch.testing.assert_close(made, wanted, **CLOSE)
+    torch.testing.assert_close(made / wanted.std(), wanted / wanted.std(), **CLOSE)
     sfumato.save_nets({"net": net}, tmp_path / "again", layout="deepfloyd-diffusers")
     again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_tiny_twins_compute_the_same_and_are_written_back(name: str, tmp_path) -
         ({"norm_eps": 1e-6}, "norm_eps 1e-06 is not supported"),
         ({"mid_block_scale_factor": 2.0}, "mid_block_scale_factor and resnet_out_scale_factor differ"),
         ({"time_embedding_act_fn": "gelu"}, "time_embedding_act_fn must be act_fn beside"),
-        ({"cross_attention_dim": 32}, "the config says cross_attention_dim 32, the tensors say 48"),
+        ({"cross_attention_dim": 32}, "the config says cross_attention_dim 32, the tensors say 64"),
         ({"class_embed_type": "timestep"}, "the config says class_embed_type timestep"),
     ],
     ids=["activation", "epsilon", "factors", "twice", "width", "level"],
