@@ -29,7 +29,7 @@ from sfumato.training.trainer import TrainerConfig
 
 __all__: list[str] = []  # everything is reached through RECIPES
 
-SCHEDULE = Cosine(multiplier=1000.0)
+SCHEDULE = Cosine(offset=0.008, multiplier=1000.0)
 AUG = 0.1  # the level that sampling tells the upsampler; training draws all from 0 to 1
 TEXT = T5Config(vocab_size=4096, context=16, width=192, depth=2, heads=4, head_dim=48, hidden=512)
 SAMPLING = SampleOptions(

@@ -54,5 +54,43 @@ def tidy(tokenizer: Tokenizer, context: int = 77) -> Tokenizer:
     return Tokenizer(engine, context)
 
 
-# What the published code cuts out of captions, in its order.
-RULES: tuple[tuple[str, str], ...] = ()
+FILES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+DASHES = (
+    r"[\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0"
+    r"\uFE31\uFE32\uFE58\uFE63\uFF0D]+"
+)
+# What the published code cuts out of captions, in its order; without the repair of broken encodings, of words
+# that more than three hyphens join, and of quotes around a whole caption.
+RULES: tuple[tuple[str, str], ...] = (
+    (r"\+|%20", " "),
+    (r"<person>", "person"),
+    (r"\bhttps?:(?:/{1,3}|[a-z0-9%])", ""),
+    (r"\b[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)", ""),
+    (r"<[^<>]*>", ""),
+    (r"&(?:quot|amp|nbsp|lt|gt|apos);?", ""),
+    (r"@\w+\b", ""),
+    (r"[\u31c0-\u9fff]+", ""),
+    (DASHES, "-"),
+    (r"[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+    (r"[\u2018\u2019]", "'"),
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
+    (r"\d:\d\d\s+$", ""),
+    (r"\\n", " "),
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),
+    (rf"\S+\.(?:{FILES})", ""),
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping|(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{FILES})(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),
+    (r"\b\s+:\s+", ": "),
+    (r"(?<=[^\d][,./])(?=\w)", " "),
+    (r"\s+", " "),
+    (r"^ |^ ?['_,\-:;]|['_,\-:+] ?$", ""),
+)

@@ -197,3 +197,26 @@ def test_only_the_upsampler_on_a_picture(tmp_path):
         with pytest.raises(ValueError, match=said) as error:
             both.generate("red heart", **{**asked, **wrong})
         assert "\n" not in str(error.value)
+
+
+def test_files_of_the_original_code_draw_with_its_steps(tmp_path):
+    """The same nets in the original names draw the same, and by default as IF itself does."""
+    base = sfumato.load(pipeline(tmp_path / "I", "first"))
+    up = sfumato.load(pipeline(tmp_path / "II", "second"), text=base)
+    options = {"att_pool_heads": 2, "num_head_channels": 16}
+    for system, side, steps, limit in ((base, 8, 150, 1.5), (up, 32, 50, 1.0)):
+        file = tmp_path / f"{side}.pt"
+        sfumato.save_nets({"net": system.parts.nets["net"]}, file, layout="deepfloyd")
+        again = sfumato.load(file, text=base, config={**options, "image_size": side})
+        (stage,) = again.stages
+        assert (stage.name, stage.pixels, stage.defaults.steps) == (
+            system.stages[0].name,
+            (side, side),
+            steps,
+        )
+        assert len(stage.defaults.grid(stage.denoiser.schedule)) == steps
+        assert stage.defaults.threshold == Dynamic(0.95, limit)
+        asked = replace(ASKED, low_res=torch.rand(2, 3, 8, 8) * 2 - 1)
+        walk = system.resolve(steps=3)
+        made, wanted = (one.run(asked, walk, seed=SEEDS).low_res for one in (again, system))
+        torch.testing.assert_close(made, wanted, rtol=0, atol=1e-4)
