@@ -1,117 +1,27 @@
-"""What is put on top of Stable Diffusion: ControlNets, LoRA files, learned words, against diffusers."""
+"""LoRA files and learned words on Stable Diffusion, against diffusers with merged weights."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 
 import sfumato
 from sfumato import cli
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.lora_files import write_lora
-from sfumato.core.image import from_pil, to_float
 from sfumato.core.types import Inputs
-from sfumato.nets.controlnet import ControlUse
-from sfumato.systems.adapting import adapted, controlled, read_for
+from sfumato.systems.adapting import adapted, read_for
 from sfumato.systems.words import taught
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 
-MERGES = ["r e", "re d</w>", "h e", "a r", "he ar", "hear t</w>"]
 TEXTS, NEGATIVES, SEEDS, STEPS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4], 5
-
-
-def randomized(net: torch.nn.Module, seed: int) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1, generator=generator)
-    return net.eval()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder of tiny random nets."""
-    path = tmp_path_factory.mktemp("base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *(m.replace(" ", "") for m in MERGES)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", "utf-8")
-    files = str(path / "vocab.json"), str(path / "merges.txt")
-    words = transformers.CLIPTokenizer(*files, pad_token="<|endoftext|>", model_max_length=77)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-    )
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            eos_token_id=2,
-        )
-    )
-    diffusers.StableDiffusionPipeline(
-        vae=randomized(vae, 0),
-        text_encoder=randomized(text, 1),
-        tokenizer=words,
-        unet=randomized(unet, 2),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-            set_alpha_to_one=False,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path / "p")
-    return path / "p"
-
-
-@pytest.fixture(scope="module")
-def controls(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three ControlNets for it; the last one pools."""
-    paths = []
-    for i in range(3):
-        net = diffusers.ControlNetModel(
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            conditioning_embedding_out_channels=(8, 12),
-            global_pool_conditions=i == 2,
-        )
-        paths.append(tmp_path_factory.mktemp("control") / "net")
-        randomized(net, 5 + i).save_pretrained(paths[-1])
-    return paths
 
 
 def theirs(pipe: Any, **options: Any) -> torch.Tensor:
@@ -125,95 +35,6 @@ def theirs(pipe: Any, **options: Any) -> torch.Tensor:
 def ours(system: sfumato.System, texts: list[str] = TEXTS, **inputs: Any) -> torch.Tensor:
     given = Inputs(n=2, text=texts, negative=NEGATIVES, size=(16, 16), **inputs)
     return (system.run(given, system.resolve(steps=STEPS), seed=SEEDS).low_res + 1) / 2
-
-
-def hints(count: int) -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 255, (16, 16, 3), np.uint8)) for _ in range(count)]
-
-
-USES: dict[str, tuple[tuple[int, ControlUse], ...]] = {
-    "part of the walk": ((0, ControlUse(scale=0.7, start=0.2, stop=0.7)),),
-    "guess": ((0, ControlUse(scale=0.5, guess=True)),),
-    "pooled": ((2, ControlUse()),),
-    "two": ((0, ControlUse(scale=0.6, stop=0.5)), (1, ControlUse(scale=0.2))),
-}
-
-
-@pytest.mark.parametrize("name", sorted(USES))
-def test_controlled_pictures_are_the_same(name: str, base: Path, controls: list[Path]) -> None:
-    chosen, uses = zip(*USES[name], strict=True)
-    nets = [diffusers.ControlNetModel.from_pretrained(controls[i]) for i in chosen]
-    pictures = hints(len(uses))
-    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=nets)
-    expected = theirs(
-        pipe,
-        image=pictures,
-        controlnet_conditioning_scale=[u.scale for u in uses],
-        control_guidance_start=[u.start for u in uses],
-        control_guidance_end=[u.stop for u in uses],
-        guess_mode=uses[0].guess,
-        height=16,
-        width=16,
-    )
-    system = plain = sfumato.load(base)
-    for i, use in zip(chosen, uses, strict=True):
-        system = controlled(system, controls[i], use)
-    # Guided steps amplify the rounding of float32.
-    hint = torch.cat([to_float(from_pil(picture)) for picture in pictures])[None].expand(2, -1, -1, -1)
-    drawn = ours(system, hint=hint)
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
-    assert (drawn - ours(plain)).abs().max() > 0.01
-    assert system.fingerprint != plain.fingerprint
-
-
-def test_a_controlled_system_is_kept_and_drawn_from_pictures(
-    base: Path, controls: list[Path], tmp_path: Path
-) -> None:
-    system = controlled(sfumato.load(base), controls[0], ControlUse(scale=0.5))
-    (picture,) = hints(1)
-    first = system.generate("red", hint=picture, size=16, steps=2)[0]
-    assert first.tobytes() != system.generate("red", hint=hints(2)[1], size=16, steps=2)[0].tobytes()
-    sfumato.save(system, tmp_path / "kept")
-    again = sfumato.load(tmp_path / "kept")
-    assert again.generate("red", hint=[picture], size=16, steps=2)[0].tobytes() == first.tobytes()
-    with pytest.raises(ValueError, match="1 ControlNets read a picture each, and there is no hint"):
-        system.generate("red", size=16, steps=2)
-    with pytest.raises(ValueError, match=r"1 ControlNets read .* 3 channels .* a hint of 6 channels"):
-        system.generate("red", hint=hints(2), size=16, steps=2)
-
-
-def test_a_whole_file_with_its_control_net(base: Path, controls: list[Path], tmp_path: Path) -> None:
-    system = controlled(sfumato.load(base), controls[0])
-    state = {}
-    for part in LAYOUTS["sd1-control-compvis"].parts:
-        net = system.parts.nets["control1" if part.name == "control" else part.name]
-        tensors = part.names(net.config).save(net.state_dict(), where="test")
-        state |= {part.prefix + name: v.contiguous().clone() for name, v in tensors.items()}
-    save_file(state, tmp_path / "whole.safetensors")
-    shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
-    again = sfumato.load(tmp_path / "whole.safetensors", config={"num_heads": 4})
-    hint = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(ours(again, hint=hint), ours(system, hint=hint), rtol=0, atol=1e-5)
-
-
-def test_what_does_not_fit_is_not_controlled(base: Path, controls: list[Path], tmp_path: Path) -> None:
-    system = sfumato.load(base)
-    other = diffusers.ControlNetModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        conditioning_embedding_out_channels=(8, 12),
-    )
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="another base, a U-Net with tokens of width 24; this one has 32"):
-        controlled(system, tmp_path / "other")
-    with pytest.raises(ValueError, match="unet holds UNet, not one ControlNet"):
-        controlled(system, base / "unet")
-    with pytest.raises(ValueError, match=r"control from 0.5 to 0.5 of the walk; allowed: 0 <= start < stop"):
-        ControlUse(start=0.5, stop=0.5)
 
 
 def pairs(
@@ -325,24 +146,24 @@ def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_lora_files_draw_what_merged_weights_draw(form: str, base: Path, tmp_path: Path) -> None:
+def test_lora_files_draw_what_merged_weights_draw(form: str, tiny_stable: Path, tmp_path: Path) -> None:
     pattern, write = FORMS[form]
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_stable)
     both = pairs(chosen(pipe.unet, pattern), 0), pairs(chosen(pipe.text_encoder, TEXT), 1)
     save_file(write(*both), tmp_path / "lora.safetensors")
     merge(pipe.unet, both[0], 0.6)
     if "text" in str(write(*both).keys()):
         merge(pipe.text_encoder, both[1], 0.6)
     expected = theirs(pipe, height=16, width=16)
-    system = sfumato.load(base, adapter=tmp_path / "lora.safetensors", adapter_scale=0.6)
+    system = sfumato.load(tiny_stable, adapter=tmp_path / "lora.safetensors", adapter_scale=0.6)
     drawn = ours(system)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)  # guided steps amplify the rounding
-    assert (drawn - ours(sfumato.load(base))).abs().max() > 0.01
+    assert (drawn - ours(sfumato.load(tiny_stable))).abs().max() > 0.01
 
 
-def test_several_lora_files_add_up_and_are_written_in_both_forms(base: Path, tmp_path: Path) -> None:
-    system = sfumato.load(base)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
+def test_several_lora_files_add_up_and_are_written_in_both_forms(tiny_stable: Path, tmp_path: Path) -> None:
+    system = sfumato.load(tiny_stable)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_stable / "unet")
     made = [pairs(chosen(unet, EVERY), seed) for seed in (0, 1)]
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     save_file(kohya("lora_unet_", made[0]), files[0])
@@ -370,7 +191,7 @@ def test_several_lora_files_add_up_and_are_written_in_both_forms(base: Path, tmp
     assert all(torch.equal(v, written[n]) for n, v in first.items())
 
 
-def test_lora_alpha_of_peft_is_read(base: Path, tmp_path: Path) -> None:
+def test_lora_alpha_of_peft_is_read(tiny_stable: Path, tmp_path: Path) -> None:
     state = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 64)}
     state |= {n.replace("_A", "_B"): torch.ones(64, 2) for n in state}
     told = {"unet.lora_alpha": 8, "unet.r": 2}
@@ -383,13 +204,13 @@ def test_lora_alpha_of_peft_is_read(base: Path, tmp_path: Path) -> None:
         folder / "adapter_model.safetensors",
     )
     for path in (tmp_path / "a.safetensors", folder):
-        (pair,) = read_for(sfumato.load(base), path)["net"].pairs.values()
+        (pair,) = read_for(sfumato.load(tiny_stable), path)["net"].pairs.values()
         assert torch.equal(pair.delta(), torch.full((64, 64), 8 / 2 * 2.0))
 
 
-def test_lora_tensors_without_a_layer_are_named(base: Path, tmp_path: Path) -> None:
-    system, file = sfumato.load(base), tmp_path / "a.safetensors"
-    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
+def test_lora_tensors_without_a_layer_are_named(tiny_stable: Path, tmp_path: Path) -> None:
+    system, file = sfumato.load(tiny_stable), tmp_path / "a.safetensors"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_stable / "unet")
     state = kohya("lora_unet_", pairs(chosen(unet, ATTENTION), 0))
     save_file(state | {"lora_unet_nowhere.alpha": torch.tensor(1.0)}, file)
     with pytest.raises(ValueError, match=r"1 tensors fit no layer of .*: 'lora_unet_nowhere.alpha'"):
@@ -416,17 +237,17 @@ def words(path: Path, form: str, vectors: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize("form", ["a1111", "original", "a1111-safetensors", "diffusers"])
-def test_learned_words_draw_the_same(form: str, base: Path, tmp_path: Path) -> None:
+def test_learned_words_draw_the_same(form: str, tiny_stable: Path, tmp_path: Path) -> None:
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     file = words(tmp_path, form, vectors)
-    system = taught(sfumato.load(base), file)
+    system = taught(sfumato.load(tiny_stable), file)
     texts = ["a cat, red", "Cat heart catcat"]
     ids = system.parts.tokenizers["tokenizer"](texts)[0]
-    old = sfumato.load(base).parts.tokenizers["tokenizer"]
+    old = sfumato.load(tiny_stable).parts.tokenizers["tokenizer"]
     size = old.vocab_size
     assert [i for i in ids[0].tolist() if i >= size] == [size, size + 1, size + 2]
     assert (ids[1] >= size).sum() == 3  # capitals do not count, and a part of a word is no word
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_stable)
     pipe.load_textual_inversion({"cat": vectors}, token="cat")
     pipe.set_progress_bar_config(disable=True)
     hidden = pipe.text_encoder(
@@ -449,8 +270,8 @@ def test_learned_words_draw_the_same(form: str, base: Path, tmp_path: Path) -> N
         sfumato.save(system, tmp_path / "p", layout="unet-diffusers")
 
 
-def test_the_end_of_a_text_is_pooled_whatever_words_there_are(base: Path, tmp_path: Path) -> None:
-    system = sfumato.load(base)
+def test_the_end_of_a_text_is_pooled_whatever_words_there_are(tiny_stable: Path, tmp_path: Path) -> None:
+    system = sfumato.load(tiny_stable)
     changed = taught(system, words(tmp_path, "diffusers", torch.ones(1, 32)))
     net = changed.parts.nets["text_encoder"]
     ids = changed.parts.tokenizers["tokenizer"](["cat red", "red"])[0]
@@ -461,8 +282,8 @@ def test_the_end_of_a_text_is_pooled_whatever_words_there_are(base: Path, tmp_pa
     torch.testing.assert_close(plain.pooled, found.pooled[1:])
 
 
-def test_words_of_another_base_are_refused(base: Path, tmp_path: Path) -> None:
-    system = sfumato.load(base)
+def test_words_of_another_base_are_refused(tiny_stable: Path, tmp_path: Path) -> None:
+    system = sfumato.load(tiny_stable)
     save_file({"clip_l": torch.ones(2, 24), "clip_g": torch.ones(2, 40)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"vectors of width 24, 40, and .* of width 32: it is"):
         taught(system, tmp_path / "a.safetensors")
@@ -471,7 +292,7 @@ def test_words_of_another_base_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"is no embedding of textual inversion: it looks like a first stage"
     ):
-        taught(system, base / "vae/diffusion_pytorch_model.safetensors")
+        taught(system, tiny_stable / "vae/diffusion_pytorch_model.safetensors")
 
 
 KINDS = {
@@ -490,32 +311,3 @@ def test_what_is_no_system_is_called_by_its_name(kind: str, tmp_path: Path, caps
         said = capsys.readouterr().err
         assert f"it looks like {kind}: " in said
         assert said.count("\n") == 1
-
-
-def test_parts_of_a_system_say_what_they_are_for(base: Path, controls: list[Path], tmp_path: Path) -> None:
-    torch.save({"string_to_param": {"*": torch.ones(1, 8)}, "name": "x"}, tmp_path / "a.pt")
-    for path, said in (
-        (tmp_path / "a.pt", "it looks like an embedding of learned words"),
-        (controls[0], "this is a ControlNet: add it to a system of its base with --control"),
-        (base / "vae/diffusion_pytorch_model.safetensors", "this is a first stage: give it as vae"),
-    ):
-        with pytest.raises(ValueError, match=said) as error:
-            sfumato.load(path)
-        assert "\n" not in str(error.value)
-
-
-def test_the_command_draws_with_all_of_it(
-    base: Path, controls: list[Path], tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_file({"cat": torch.ones(1, 32)}, tmp_path / "cat.safetensors")
-    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
-    save_file(kohya("lora_unet_", pairs(chosen(unet, ATTENTION), 0)), tmp_path / "lora.safetensors")
-    hints(1)[0].save("hint.png")
-    flags = ["--system", base, "--adapter", "lora.safetensors", "--words", "cat.safetensors"]
-    flags += ["--control", f"{controls[0]}=hint.png:0.5:0-0.8"]
-    drawing = ["generate", "red cat", "--steps", "2", "--size", "16", "--out", "a.png"]
-    assert cli.main([str(a) for a in drawing + flags]) == 0
-    assert cli.main([str(a) for a in ["rerun", "a.png", *flags]]) == 0
-    assert cli.main([str(a) for a in ["rerun", "a.png", *flags[:-1], f"{controls[0]}=hint.png:0.4"]]) == 1
-    assert cli.main([str(a) for a in [*drawing, *flags[:-1], "nothing"]]) == 2
