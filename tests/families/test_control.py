@@ -126,7 +126,9 @@ def test_a_whole_file_with_its_control_net(tiny_stable: Path, controls: list[Pat
     save_file(state, tmp_path / "whole.safetensors")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tiny_stable.parent / name, tmp_path)
-    again = sfumato.load(tmp_path / "whole.safetensors", config={"num_heads": 4})
+    file, config = tmp_path / "whole.safetensors", {"num_heads": 4}
+    assert len(sfumato.load(file, config=config).config.stages[0].controls) == 1
+    again = controlled(sfumato.load(tiny_stable), sfumato.load_nets(file, config=config)["control"])
     hint = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(ours(again, hint=hint), ours(system, hint=hint), rtol=0, atol=1e-5)
 
