@@ -86,7 +86,12 @@ def test_two_processes_equal_one_and_any_number_takes_up_what_they_have_saved(tm
 
 def test_a_clip_compares_the_pairs_of_all_processes(tmp_path):
     run(tmp_path, "clip1:toy-clip:1:replicate", "clip2:toy-clip:2:replicate")
-    assert_equal_weights(tmp_path, "clip1", "clip2", CLOSE["abs"])
+    one, two = (load_file(tmp_path / name / "system/clip.safetensors") for name in ("clip1", "clip2"))
+    for key, tensor in one.items():
+        error = (tensor.double() - two[key].double()).abs()
+        if key.endswith("qkv.bias"):  # that of the keys changes no softmax: its gradient is rounding alone
+            error = torch.cat([error.chunk(3)[i] for i in (0, 2)])
+        assert float(error.max()) <= CLOSE["abs"], key
 
 
 def test_adapters_unets_and_both_phases_of_an_autoencoder_train_in_two_processes(tmp_path):
