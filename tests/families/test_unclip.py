@@ -141,8 +141,8 @@ def drawn(
 
 
 # diffusers has its schedule in float32. At the noisiest step x0 = (x_t - sigma eps) / alpha multiplies a
-# rounding by 20,000, before guidance by 8; at the cleanest 1 - alpha^2 is 4e-5, known to 6e-8, and what should
-# be 1 becomes 0.9995.
+# rounding by 20,000, before guidance by 8; at the cleanest 1 - alpha^2 is 4e-5, known to 6e-8, and what
+# should be 1 becomes 0.9995.
 CLOSE = {"rtol": 0, "atol": 5e-3}
 
 
