@@ -92,7 +92,8 @@ def test_a_clip_compares_the_pairs_of_all_processes(tmp_path):
         error = (tensor.double() - two[key].double()).abs()
         if key.endswith("qkv.bias"):  # that of the keys changes no softmax: its gradient is rounding alone
             error = torch.cat([error.chunk(3)[i] for i in (0, 2)])
-        assert float(error.max()) <= CLOSE["abs"], key
+        # Adam divides by gradients that are small; a wrong gradient moves weights by 1e-3 and more.
+        assert float(error.max()) <= 1e-5, key
 
 
 def test_adapters_unets_and_both_phases_of_an_autoencoder_train_in_two_processes(tmp_path):
