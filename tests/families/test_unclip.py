@@ -140,8 +140,9 @@ def drawn(
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-# diffusers has its schedule in float32, and at the noisiest step x0 = (x_t - sigma eps) / alpha multiplies a
-# rounding by 20,000; guidance by 8 does the rest.
+# diffusers has its schedule in float32. At the noisiest step x0 = (x_t - sigma eps) / alpha multiplies a
+# rounding by 20,000, before guidance by 8; at the cleanest 1 - alpha^2 is 4e-5, known to 6e-8, and what
+# should be 1 becomes 0.9995.
 CLOSE = {"rtol": 0, "atol": 5e-3}
 
 
@@ -157,7 +158,7 @@ def test_the_pipeline_draws_the_same_pictures(tmp_path: Path, monkeypatch: pytes
     done = system.run(Inputs(n=2, text=TEXTS), options, seed=SEEDS)
     assert expected.std() > 0.05
     torch.testing.assert_close((done.low_res + 1) / 2, expected, **CLOSE)
-    assert float(((done.low_res + 1) / 2 - expected).abs().mean()) < 1e-4
+    assert float(((done.low_res + 1) / 2 - expected).abs().mean()) < 5e-4
 
     sfumato.save(system, tmp_path / "native")
     again = sfumato.load(tmp_path / "native").run(Inputs(n=2, text=TEXTS), options, seed=SEEDS)
