@@ -22,7 +22,7 @@ TEXTS, NEGATIVES, SEEDS = ["Red heart", "a heart, blue"], ["dull", "red"], [3, 4
 UNET = {
     "in_channels": 3,
     "out_channels": 6,
-    "block_out_channels": (32, 64),
+    "block_out_channels": (32, 128),
     "layers_per_block": 1,
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
