@@ -194,7 +194,7 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
             continue
-        if name == "scheduler":
+        if (path / name / "scheduler_config.json").is_file():
             found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})

@@ -140,6 +140,9 @@ class Inputs:
     strength: float = 1.0
     """How much of the walk an edit repeats, in (0, 1]."""
     hint: Tensor | None = None
+    """(n, K, H, W) in [0, 1]: a control picture, or how near things are."""
+    noise_level: float | None = None
+    """How much `low_res` or the CLIP embedding of `image` is noised, in times of its schedule; None = usual."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     image_embed: Tensor | None = None

@@ -61,9 +61,11 @@ NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
         "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
+        "clip_vision": ("clip", "CLIPVisionConfig", "CLIPVision"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
+        "embedding_moments": ("clip", "EmbeddingMomentsConfig", "EmbeddingMoments"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "noisy_classifier": ("classifier", "NoisyClassifierConfig", "NoisyClassifier"),
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),

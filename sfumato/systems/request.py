@@ -37,9 +37,15 @@ class Request(TypedDict, total=False):
     image: Image.Image | Tensor
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
-    """White, or 1, where `image` is to be repainted."""
+    """White, or 1, where `image` is to be repainted; of the same size."""
+    hint: Image.Image | Tensor
+    """What a system is told of the result pixel by pixel: how near things are, brighter = nearer."""
+    low_res: Image.Image | Tensor
+    """Picture to enlarge; it decides the size."""
+    noise_level: float
+    """How much `low_res`, or the embedding of `image`, is noised, in times of its schedule."""
     strength: float
-    """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
+    """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given. All steps are in it."""
     only: Collection[str]
     """Names of the stages to run."""
     options: Mapping[str, SampleOptions]
@@ -53,10 +59,16 @@ class Request(TypedDict, total=False):
     """A number is the scale of the stage's own guidance; 1 = off."""
     window: tuple[float, float]
     start: Start
+    tile: int | None
 
 
-def inputs_for(text: Texts | None, request: Request, default_size: Size | None) -> Inputs:
+def inputs_for(
+    text: Texts | None, request: Request, default_size: Size | None, enlargement: int = 1
+) -> Inputs:
     """The inputs of all pictures of a request, prompt by prompt.
+
+    Args:
+        enlargement: how much larger the system makes `low_res`.
 
     Raises: ValueError in one line for an empty list, or lists whose lengths differ.
     """
@@ -67,8 +79,12 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
     if prompts is not None and not len(prompts):
         raise ValueError('the list of prompts is empty; give at least one, "" draws without a prompt')
     count = len(prompts) if prompts is not None else len(labels) if labels is not None else 1
-    size = _size(request.get("size"))
+    size, low_res = _size(request.get("size")), _picture(request.get("low_res"), None, count * n)
+    if low_res is not None and size is None:
+        size = low_res.shape[-2] * enlargement, low_res.shape[-1] * enlargement
     target = size or default_size
+    _check_mask(request.get("image"), request.get("mask"))
+    hint = _picture(request.get("hint"), target, count * n)
     return Inputs(
         n=count * n,
         text=None if prompts is None else _each(prompts, n),
@@ -78,11 +94,17 @@ def inputs_for(text: Texts | None, request: Request, default_size: Size | None) 
         image=_picture(request.get("image"), target, count * n),
         mask=_mask(request.get("mask"), target, count * n),
         strength=request.get("strength", 1.0),
+        hint=hint / 2 + 0.5 if isinstance(request.get("hint"), Image.Image) and hint is not None else hint,
+        low_res=low_res,
+        noise_level=request.get("noise_level"),
     )
 
 
-def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
+def options_for(defaults: SampleOptions, request: Request, *, told: bool = False) -> SampleOptions:
     """The options of a stage with what the request overrides.
+
+    Args:
+        told: whether the stage's network is told the picture, so that it can begin with noise.
 
     Raises: ValueError in one line for a name that is no option, or a value out of range.
     """
@@ -97,8 +119,8 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
-    if "image" in request and "start" not in given:
-        given["start"] = FromImage()
+    if "image" in request and "start" not in given and (not told or "strength" in request):
+        given["start"] = FromImage(blend=not told)
     return replace(defaults, **given) if given else defaults
 
 
@@ -140,6 +162,22 @@ def _picture(image: Image.Image | Tensor | None, size: Size | None, n: int) -> T
     if isinstance(image, Image.Image):
         image = to_float(from_pil(image if size is None else center_crop(image.convert("RGB"), size)))
     return None if image is None else _rows(image, n)
+
+
+def _check_mask(image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None) -> None:
+    if mask is not None and image is None:
+        raise ValueError("a mask says where a picture is to be repainted, and there is none; give an image")
+    if image is not None and mask is not None and _sides(image) != _sides(mask):
+        (height, width), (own, across) = _sides(image), _sides(mask)
+        raise ValueError(
+            f"the mask is {across}x{own} pixels and the image {width}x{height}; give a mask of that size"
+        )
+
+
+def _sides(picture: Image.Image | Tensor) -> Size:
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return picture.shape[-2], picture.shape[-1]
 
 
 def _mask(mask: Image.Image | Tensor | None, size: Size | None, n: int) -> Tensor | None:

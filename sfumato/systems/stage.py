@@ -15,10 +15,12 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Denoised, Inputs
 from sfumato.diffusion.constraints import constrained
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.sampling import Run, integrate
 from sfumato.systems.codec import Codec, Pixels
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.start import Beginning, FromImage, Place, fitted
+from sfumato.systems.start import Beginning, FromImage, Inverted, Place, fitted
+from sfumato.systems.tiles import tiled
 
 __all__ = ["Emits", "Observer", "Progress", "Stage"]
 
@@ -119,7 +121,14 @@ class Stage:
             cond = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).to(self.device)
             null = self.conditioner.null(inputs, cond).to(self.device)
             like = torch.zeros(inputs.n, *shape, device=self.device)
-            place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
+            edits = isinstance(options.start, FromImage | Inverted)
+            grid = options.grid(self.denoiser.schedule, inputs.strength if edits else 1.0)
+
+            def alone(told: Inputs) -> DenoiseFn:
+                cond = self.conditioner(told, noise.fork(f"{self.name}/conditioning")).to(self.device)
+                return CFG().bind(self.denoiser.planned(grid), cond, cond)
+
+            place = Place(like, grid, self.codec, noise, alone)
             beginning = options.start.begin(inputs, place)
             denoise = options.guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
             denoise = constrained(denoise, threshold=options.threshold)
@@ -148,8 +157,14 @@ class Stage:
             return replace(inputs, latent=x)
         if self.emits == "image_embed":
             return replace(inputs, image_embed=self.codec.decode(x), latent=None)
-        picture = self.codec.decode(x).float().clamp(-1, 1)
-        if isinstance(options.start, FromImage) and inputs.image is not None and inputs.mask is not None:
+        decode = self.codec.decode
+        if options.tile is not None:
+            f = self.codec.factor
+            picture = tiled(decode, x, max(options.tile // f, 1), options.tile // (4 * f), f)
+        else:
+            picture = decode(x)
+        picture = picture.float().clamp(-1, 1)
+        if inputs.image is not None and inputs.mask is not None:
             # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
             size = (picture.shape[-2], picture.shape[-1])
             mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")

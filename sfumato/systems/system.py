@@ -17,7 +17,7 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.conditioning import TokenTextConfig
+from sfumato.systems.conditioning import READS_IMAGE, LowResConfig, TokenTextConfig
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
@@ -48,6 +48,12 @@ class System:
     def size(self) -> tuple[int, int] | None:
         """(height, width) of its pictures unless the caller says otherwise; None if it makes none."""
         return next((s.pixels for s in reversed(self.stages) if s.pixels is not None), None)
+
+    @property
+    def enlargement(self) -> int:
+        """How much larger than the picture that it is given a system is whose first stage enlarges; 1 = none."""
+        kinds = [c for c in self.config.stages[0].conditioners if isinstance(c, LowResConfig)]
+        return kinds[0].factor * self.stages[0].codec.factor if kinds else 1
 
     def run(
         self,
@@ -111,7 +117,7 @@ class System:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}; allowed: a whole number of at least 1")
         options = self.resolve(**request)
-        inputs = inputs_for(text, request, self.size)
+        inputs = inputs_for(text, request, self.size, self.enlargement)
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
         mine = world.share(inputs.n)
@@ -136,7 +142,10 @@ class System:
         given, only = request.get("options", {}), request.get("only")
         self._check_names(*given, *(only or ()))
         stages = [s for s in self.stages if only is None or s.name in only]
-        return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
+        told = {c.name for c in self.config.stages if any(isinstance(k, READS_IMAGE) for k in c.conditioners)}
+        return {
+            s.name: options_for(given.get(s.name, s.defaults), request, told=s.name in told) for s in stages
+        }
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a prompt that the system was not trained on, where it can tell."""

@@ -80,14 +80,14 @@ class Layout:
         files: stem of a published file -> settings that its tensors do not tell.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
-        library: which that class is from.
+        library: which that class is from; or the pipelines of diffusers that it is part of.
         pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
     """
 
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
-    library: Literal["diffusers", "transformers"] = "diffusers"
+    library: Literal["diffusers", "transformers", "stable_diffusion"] = "diffusers"
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
     pad: str = ""
