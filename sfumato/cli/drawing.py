@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from sfumato import __version__
+from sfumato.cli.editing import Edit
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -42,6 +44,7 @@ class Drawing:
     Attributes:
         size: (height, width).
         options: by stage, nothing left to defaults.
+        edit: the pictures that it is drawn from.
     """
 
     prompt: str
@@ -49,21 +52,32 @@ class Drawing:
     seed: int
     size: tuple[int, int]
     options: Mapping[str, SampleOptions]
+    edit: Edit = field(default_factory=Edit)
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
-        return sum(options.steps for options in self.options.values())
+        """Of all stages and passes."""
+        return sum(options.steps for options in self.options.values()) * (1 + (self.edit.enlarge > 1))
 
     def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
+        request = self.edit.request()
+        enlarge, strength = self.edit.enlarge, request.get("strength", 0.5)
+        if enlarge > 1:
+            request.pop("strength", None)  # it is that of the second pass
+        image = self._pass(system, self.size, request, observe)
+        if enlarge == 1:
+            return image
+        height, width = (round(side * enlarge / system.factor) * system.factor for side in self.size)
+        return self._pass(system, (height, width), {"image": image, "strength": strength}, observe)
+
+    def _pass(
+        self, system: System, size: tuple[int, int], request: Request, observe: Observer | None
+    ) -> Image.Image:
+        options, negative = self.options, self.negative
+        text = [self.prompt]
         return system.generate(
-            [self.prompt],
-            negative=self.negative,
-            seed=self.seed,
-            size=self.size,
-            options=self.options,
-            observe=observe,
+            text, negative=negative, seed=self.seed, size=size, options=options, observe=observe, **request
         )[0]
 
 

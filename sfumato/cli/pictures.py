@@ -8,12 +8,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from sfumato.cli.editing import Edit, EditFlags, tile_for
 from sfumato.cli.output import check_writable, paths_for
 from sfumato.cli.parsing import parse, size_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sfumato.cli.drawing import Drawing
     from sfumato.core.world import World
+    from sfumato.systems.request import Request
     from sfumato.systems.system import System
 
 __all__ = ["generate", "reconstruct", "rerun"]
@@ -54,6 +56,7 @@ class Generate:
     """How closely to follow the prompt; 1 = not amplified."""
     size: str | None = None
     """Side, or WIDTHxHEIGHT, in pixels."""
+    edit: Annotated[EditFlags, arg(name="")] = field(default_factory=EditFlags)
     out: Path | None = None
     """File that ends in .png, or folder; by default out/PROMPT-SEED.png. Files there are replaced."""
     grid: bool = False
@@ -219,14 +222,27 @@ def _drawings(
     flags: Generate, system: System, size: tuple[int, int] | None, seeds: list[int]
 ) -> list[Drawing]:
     from sfumato.cli.drawing import Drawing
+    from sfumato.systems.start import Inverted
 
-    asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
-    options = system.resolve(**asked)
-    final = size or system.size
+    asked: Request = {}
+    for name in ("steps", "sampler", "guidance"):
+        if (value := getattr(flags, name)) is not None:
+            asked[name] = value  # type: ignore[literal-required]
+    edit = Edit.of(flags.edit)
+    told = edit.request()
+    if flags.edit.invert is not None:
+        asked = {"sampler": "ddim", "start": Inverted(flags.edit.invert), **asked}
+    final = size or edit.size(system, told) or system.size
+    if final is not None:
+        largest = (round(final[0] * edit.enlarge), round(final[1] * edit.enlarge))
+        asked["tile"] = tile_for(system, largest, flags.edit.tile)
+    options = system.resolve(**{**asked, **told})
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
     return [
-        Drawing(prompt=flags.prompt, negative=flags.negative, seed=seed, size=final, options=options)
+        Drawing(
+            prompt=flags.prompt, negative=flags.negative, seed=seed, size=final, options=options, edit=edit
+        )
         for seed in seeds
     ]
 

@@ -129,7 +129,9 @@ class Depth(Kept):
 def augmentation(
     x: Tensor, inputs: Inputs, schedule: NoiseSchedule, time: float, noise: Noise | None
 ) -> tuple[Tensor, Tensor]:
-    """Times (n,) that a network is told, and x (n, ...) noised so far; `inputs.noise_level` goes before `time`.
+    """Times (n,) that a network is told, and x (n, ...) noised so far.
+
+    `inputs.noise_level` goes before `time`.
 
     Raises: ValueError without noise, or for a level that the schedule does not have.
     """

@@ -36,7 +36,10 @@ class ClipImage:
     aug: float = 0.0
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
-        """Field tokens (n, 1, D), or image_embed (n, D) and aug (n,). Raises: ValueError without a picture."""
+        """Field tokens (n, 1, D), or image_embed (n, D) and aug (n,).
+
+        Raises: ValueError without a picture.
+        """
         embed = inputs.image_embed
         if embed is None:
             if inputs.image is None:

@@ -23,6 +23,7 @@ __all__ = [
     "contents",
     "cover",
     "decode",
+    "extended",
     "from_pil",
     "grid",
     "load",
@@ -209,6 +210,19 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     image = cover(image, size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def extended(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """A larger canvas for outpainting, and a mask that is white where it is new.
+
+    Args:
+        sides: pixels beyond the left, top, right and bottom; they repeat the picture's borders.
+    """
+    left, top, right, bottom = sides
+    around = ((top, bottom), (left, right))
+    canvas = np.pad(np.asarray(image.convert("RGB")), (*around, (0, 0)), mode="edge")
+    mask = np.pad(np.zeros((image.height, image.width), np.uint8), around, constant_values=255)
+    return Image.fromarray(canvas), Image.fromarray(mask)
 
 
 def grid(images: Tensor, *, columns: int | None = None, gap: int = 2, background: int = 255) -> Tensor:

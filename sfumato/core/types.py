@@ -142,7 +142,7 @@ class Inputs:
     hint: Tensor | None = None
     """(n, K, H, W) in [0, 1]: a control picture, or how near things are."""
     noise_level: float | None = None
-    """How much `low_res` or the CLIP embedding of `image` is noised, in times of its schedule; None = usual."""
+    """How much `low_res`, or the embedding of `image`, is noised, in times of its schedule; None = usual."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     image_embed: Tensor | None = None

@@ -140,8 +140,8 @@ def _check(net: UNet, text: CLIPText, told: Told | None) -> None:
     if told is None:
         fields = [f.field for e in c.embedding.extras for f in e.features]
         raise ValueError(
-            f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *fields])}, which "
-            "no system here gives it, or a part of the folder is missing; load_nets gives its networks"
+            f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *fields])}: "
+            "no system here tells it that, or its folder is not whole; load_nets gives its networks"
         )
     if c.token_dim != text.config.width:
         raise ValueError(

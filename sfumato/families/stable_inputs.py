@@ -1,4 +1,4 @@
-"""Systems of Stable Diffusion whose U-Net reads more than text: what it is told, by its channels and its vector."""
+"""Systems of Stable Diffusion whose U-Net reads more than text: what it is told."""
 
 from __future__ import annotations
 

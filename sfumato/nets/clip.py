@@ -12,9 +12,9 @@ from sfumato.nets.encoder import EncoderBlock
 from sfumato.nets.transformer import FeedForward
 
 __all__ = [
+    "CLIP",
     "PIXEL_MEAN",
     "PIXEL_STD",
-    "CLIP",
     "CLIPConfig",
     "CLIPText",
     "CLIPTextConfig",

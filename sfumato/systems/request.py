@@ -15,7 +15,7 @@ from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.diffusion.guidance import CFG, Guidance, InstructPix2Pix
 from sfumato.systems.options import Knob, SampleOptions
-from sfumato.systems.start import FromImage, Start
+from sfumato.systems.start import FromImage, FromNoise, Start
 
 __all__ = ["Request", "inputs_for", "options_for", "seeds_for"]
 
@@ -119,7 +119,8 @@ def options_for(defaults: SampleOptions, request: Request, *, told: bool = False
         given.setdefault("knobs", {})  # another sampler's knobs would be unknown to this one
     if "spacing" in given and given["spacing"] != defaults.spacing:
         given.setdefault("spacing_knobs", {})
-    if "image" in request and "start" not in given and (not told or "strength" in request):
+    begins = "image" in request and (not told or "strength" in request)
+    if begins and "start" not in given and isinstance(defaults.start, FromNoise):
         given["start"] = FromImage(blend=not told)
     return replace(defaults, **given) if given else defaults
 

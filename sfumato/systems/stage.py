@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -115,6 +116,10 @@ class Stage:
 
         Raises: ValueError for inputs or options that do not fit; Cancelled if `observe` raises it.
         """
+        if options.tile is not None and inputs.low_res is not None and inputs.size is not None:
+            factor = inputs.size[0] // inputs.low_res.shape[-2]
+            if factor > 1 and max(inputs.size) > options.tile:
+                return self._in_tiles(inputs, options, noise, observe, factor)
         shape = self.shape_for(inputs.size)
         inputs = _moved(inputs, self.device)
         with torch.no_grad(), self._precision():
@@ -134,6 +139,23 @@ class Stage:
             denoise = constrained(denoise, threshold=options.threshold)
             x = self._walk(denoise, beginning, options, noise, observe)
             return self._result(inputs, x, options)
+
+    def _in_tiles(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None, factor: int
+    ) -> Inputs:
+        """`low_res` enlarged tile by tile, each with noise of its own."""
+        assert inputs.low_res is not None
+        assert options.tile is not None
+        whole, tile, count = replace(options, tile=None), options.tile // factor, itertools.count()
+
+        def enlarged(part: Tensor) -> Tensor:
+            size = (part.shape[-2] * factor, part.shape[-1] * factor)
+            told = replace(inputs, low_res=part, size=size)
+            done = self.run(told, whole, noise.fork(f"tile {next(count)}"), observe).low_res
+            assert done is not None
+            return done
+
+        return replace(inputs, low_res=tiled(enlarged, inputs.low_res, tile, tile // 4, factor))
 
     def _walk(
         self,

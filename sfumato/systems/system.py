@@ -50,8 +50,13 @@ class System:
         return next((s.pixels for s in reversed(self.stages) if s.pixels is not None), None)
 
     @property
+    def factor(self) -> int:
+        """Sides of its pictures are multiples of this."""
+        return self.stages[-1].factor
+
+    @property
     def enlargement(self) -> int:
-        """How much larger than the picture that it is given a system is whose first stage enlarges; 1 = none."""
+        """How many times larger its pictures are than the one that they are made of; 1 = of none."""
         kinds = [c for c in self.config.stages[0].conditioners if isinstance(c, LowResConfig)]
         return kinds[0].factor * self.stages[0].codec.factor if kinds else 1
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.families.test_stable import NEGATIVES, SEEDS, TEXTS, pipeline
 
 import sfumato
 from sfumato.core.image import from_pil, to_float
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.systems.start import FromImage
+from tests.families.test_stable import NEGATIVES, SEEDS, TEXTS, pipeline
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""Vision towers in folders of transformers, and the moments of embeddings that Stable unCLIP has beside one."""
+"""Vision towers in folders of transformers, and the moments of embeddings beside one in Stable unCLIP."""
 
 from __future__ import annotations
 
