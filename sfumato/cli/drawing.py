@@ -72,13 +72,11 @@ class Drawing:
         return self._pass(system, (height, width), {"image": image, "strength": strength}, observe)
 
     def _pass(
-        self, system: System, size: tuple[int, int], request: Request, observe: Observer | None
+        self, system: System, size: tuple[int, int], told: Request, observe: Observer | None
     ) -> Image.Image:
-        options, negative = self.options, self.negative
-        text = [self.prompt]
-        return system.generate(
-            text, negative=negative, seed=self.seed, size=size, options=options, observe=observe, **request
-        )[0]
+        request: Request = {"negative": self.negative, "size": size, "options": self.options}
+        request |= told
+        return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 
 
 def record_of(drawing: Drawing, system: System) -> dict[str, object]:

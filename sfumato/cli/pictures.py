@@ -236,7 +236,8 @@ def _drawings(
     if final is not None:
         largest = (round(final[0] * edit.enlarge), round(final[1] * edit.enlarge))
         asked["tile"] = tile_for(system, largest, flags.edit.tile)
-    options = system.resolve(**{**asked, **told})
+    asked |= told
+    options = system.resolve(**asked)
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
     return [

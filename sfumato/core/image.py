@@ -40,6 +40,7 @@ EXTENSIONS = frozenset(
 )
 """Lower-case file endings that count as pictures."""
 
+BOMB = "it has more than 178 million pixels, or claims so to fill the memory; make it smaller"
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # EXIF tag; 5 and more exchange height and width
 
@@ -151,6 +152,8 @@ def decode(data: bytes, *, name: str = "picture") -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"cannot read the picture {name}: {BOMB}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot read the picture {name}: not a picture of a known format") from None
     except Exception as error:  # Pillow raises a dozen types on damaged files, SyntaxError among them

@@ -125,10 +125,15 @@ class Inverted:
         with torch.no_grad():
             for i in reversed(range(len(grid))):
                 now, after = grid.points[i], grid.points[i + 1]
-                guess = now.alpha / after.alpha * x
+                guess = x
                 for _ in range(self.rounds):
-                    eps = denoise(guess, grid.level(i)).eps
-                    guess = now.alpha / after.alpha * (x - after.sigma * eps) + now.sigma * eps
+                    found = denoise(guess, grid.level(i))
+                    if now.sigma > now.alpha and after.sigma > 0:  # near pure noise eps says nothing new
+                        ratio = now.sigma / after.sigma
+                        guess = ratio * (x - after.alpha * found.x0) + now.alpha * found.x0
+                    else:
+                        ratio = now.alpha / after.alpha
+                        guess = ratio * (x - after.sigma * found.eps) + now.sigma * found.eps
                 x = guess
         return Beginning(x, grid)
 
