@@ -12,6 +12,7 @@ from sfumato.nets.autoencoder import AutoencoderConfig
 __all__ = ["decoding_bytes", "starts", "tiled"]
 
 BUFFERS = 3  # of the widest activation that a block of the decoder holds at once: input, norm, output
+WORKSPACE = 160_000_000  # bytes of convolutions' own copies
 
 
 def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int) -> Tensor:
@@ -64,8 +65,10 @@ def _ramp(length: int, overlap: int) -> Tensor:
 def decoding_bytes(config: AutoencoderConfig, size: tuple[int, int], bytes_per_number: int = 4) -> int:
     """About how much memory a first stage needs to decode one picture of (height, width) beside its weights.
 
-    The widest activation is the second but finest level's, enlarged to full resolution.
+    The widest activation is the second but finest level's, enlarged to full resolution. On a CPU and with the
+    first stage of Stable Diffusion 0.36, 0.45 and 0.76 GB were measured at 256, 320 and 448 pixels; this gives
+    0.36, 0.47 and 0.78.
     """
     height, width = (side // config.patch for side in size)
     channels = config.channels * config.mults[min(1, len(config.mults) - 1)]
-    return BUFFERS * channels * height * width * bytes_per_number
+    return WORKSPACE + BUFFERS * channels * height * width * bytes_per_number

@@ -16,7 +16,7 @@ from sfumato.core.image import from_pil, to_float
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.systems.start import FromImage
-from tests.families.test_stable import NEGATIVES, SEEDS, TEXTS, pipeline
+from tests.families.test_stable import NEGATIVES, SEEDS, TEXTS, pipeline, single
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -183,3 +183,34 @@ def test_folders_are_written_for_diffusers(
     assert torch.equal(before, after)
     sfumato.save(system, tmp_path / "native")
     assert torch.equal(ours(kind, sfumato.load(tmp_path / "native"), steps=2), ours(kind, system, steps=2))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("inpaint", "sd1-compvis"), ("depth", "sd2-compvis")])
+def test_single_files_with_more_channels(kind: str, layout: str, tmp_path: Path) -> None:
+    """The files of inpainting and depth have the names of text to image; one channel tells them apart."""
+    built(kind, tmp_path)
+    folder = sfumato.load(tmp_path / "q")
+    single(folder, layout, tmp_path / "words/model.safetensors")
+    config = {"num_heads": 4, "parameterization": "eps"}
+    system = sfumato.load(tmp_path / "words/model.safetensors", config=config)
+    assert [c.kind for c in system.config.stages[0].conditioners] == ["clip_text", kind]
+    if layout == "sd1-compvis":
+        found, expected = (ours(kind, s, steps=3) for s in (system, folder))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:  # without being told it tries the net, with black in the channel of depth
+        found = sfumato.load(tmp_path / "words/model.safetensors", config={"num_heads": 4})
+        assert ", as found." in found.about.summary
+
+
+def test_what_a_system_is_told_has_to_be_given(tmp_path: Path) -> None:
+    built("inpaint", tmp_path)
+    system = sfumato.load(tmp_path / "q")
+    with pytest.raises(
+        ValueError, match=r"fills holes in a picture: give an image and a mask \(1 = repaint\)"
+    ):
+        system.generate("red heart", steps=1)
+    image = system.generate("red heart", image=picture(), mask=mask(), steps=2)[0]
+    assert np.array_equal(np.asarray(image)[:, 9:], np.asarray(picture())[:, 9:])
+    options = system.resolve(image=picture(), mask=mask(), strength=0.5)["base"]
+    assert options.start == FromImage(blend=False)
+    assert system.resolve(image=picture(), mask=mask())["base"].start.kind == "noise"
