@@ -61,10 +61,12 @@ NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
         "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
+        "clip_vision": ("clip", "CLIPVisionConfig", "CLIPVision"),
         "controlnet": ("controlnet", "ControlNetConfig", "ControlNet"),
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
+        "embedding_moments": ("clip", "EmbeddingMomentsConfig", "EmbeddingMoments"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "noised_text": ("noised_clip", "NoisedTextConfig", "NoisedText"),
         "noised_vision": ("noised_clip", "NoisedVisionConfig", "NoisedVision"),

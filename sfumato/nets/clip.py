@@ -11,7 +11,22 @@ from torch import Tensor, nn
 from sfumato.nets.encoder import EncoderBlock
 from sfumato.nets.transformer import FeedForward
 
-__all__ = ["CLIP", "CLIPConfig", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "TextStates"]
+__all__ = [
+    "CLIP",
+    "PIXEL_MEAN",
+    "PIXEL_STD",
+    "CLIPConfig",
+    "CLIPText",
+    "CLIPTextConfig",
+    "CLIPVision",
+    "CLIPVisionConfig",
+    "EmbeddingMoments",
+    "EmbeddingMomentsConfig",
+    "TextStates",
+]
+
+# Of red, green and blue in [0, 1], in the pictures that CLIP was trained on.
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 Activation = Literal["quick", "none"]
 """GELU: "quick" in OpenAI's weights, "none" (exact) in OpenCLIP's."""
@@ -146,6 +161,23 @@ class CLIPVision(nn.Module):
         """Embedding (B, embed) of the last state; the normalized class token without a projection."""
         pooled = self.norm(state[:, 0])
         return pooled if self.projection is None else self.projection(pooled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingMomentsConfig:
+    """Width of the embeddings."""
+
+    dim: int = 768
+
+
+class EmbeddingMoments(nn.Module):
+    """Mean and deviation of embeddings, (1, dim) each, as Stable unCLIP keeps them beside its networks."""
+
+    def __init__(self, config: EmbeddingMomentsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mean = nn.Parameter(torch.zeros(1, config.dim))
+        self.std = nn.Parameter(torch.ones(1, config.dim))
 
 
 class CLIP(nn.Module):
