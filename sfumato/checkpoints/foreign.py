@@ -228,7 +228,7 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
             continue
         if home == path and not (path / {"unet": CONFIG, "scheduler": SCHEDULER}.get(name, " ")).is_file():
             continue
-        if name.endswith("scheduler"):
+        if name.endswith("scheduler") or (path / name / SCHEDULER).is_file():
             found += Foreign({}, {}, {}, {name: read_json(home / SCHEDULER)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})

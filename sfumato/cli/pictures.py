@@ -8,13 +8,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sfumato.cli.additions import Additions, hints_of, opened
+from sfumato.cli.editing import Edit, EditFlags, tile_for
 from sfumato.cli.output import check_writable, paths_for
 from sfumato.cli.parsing import parse, size_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sfumato.cli.drawing import Drawing
     from sfumato.core.world import World
+    from sfumato.systems.request import Request
     from sfumato.systems.system import System
 
 __all__ = ["generate", "reconstruct", "rerun"]
@@ -62,6 +64,7 @@ class Generate(Additions):
     """How many times 75 tokens CLIP reads; what is longer is cut, and said."""
     clip_skip: int = 0
     """Blocks of CLIP to leave out at the end; 1 here is 2 where the layer is counted."""
+    edit: Annotated[EditFlags, arg(name="")] = field(default_factory=EditFlags)
     out: Path | None = None
     """File that ends in .png, or folder; by default out/PROMPT-SEED.png. Files there are replaced."""
     grid: bool = False
@@ -212,11 +215,24 @@ def _drawings(
 ) -> list[Drawing]:
     from sfumato.cli.drawing import Drawing
     from sfumato.core.types import Reading
+    from sfumato.systems.start import Inverted
 
-    asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
+    asked: Request = {}
+    for name in ("steps", "sampler", "guidance"):
+        if (value := getattr(flags, name)) is not None:
+            asked[name] = value  # type: ignore[literal-required]
+    edit = Edit.of(flags.edit)
+    told = edit.request()
+    if flags.edit.invert is not None:
+        asked = {"sampler": "ddim", "start": Inverted(flags.edit.invert), **asked}
+    final = size or edit.size(system, told) or system.size
+    if final is not None:
+        largest = (round(final[0] * edit.enlarge), round(final[1] * edit.enlarge))
+        asked["tile"] = tile_for(system, largest, flags.edit.tile)
+    asked |= told
     options = system.resolve(**asked)
     reading = Reading(weights=flags.prompt_weights, chunks=flags.prompt_chunks, skip=flags.clip_skip)
-    final = size or system.size
+    own = reading == Reading()  # then the system's settings decide
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
     return [
@@ -227,7 +243,8 @@ def _drawings(
             seed=seed,
             size=final,
             options=options,
-            reading=None if reading == Reading() else reading,  # else the system's settings decide
+            reading=None if own else reading,
+            edit=edit,
         )
         for seed in seeds
     ]

@@ -1,4 +1,4 @@
-"""Pictures as conditioning: a low-resolution picture to enlarge, a masked one to complete, hints."""
+"""Pictures as conditioning: one to enlarge, to complete or to edit, how near things are, and hints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,33 @@ from sfumato.core.types import Conditioning, Inputs, expand
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
 __all__ = [
+    "Depth",
+    "Edit",
     "Hint",
     "ImageEmbed",
     "Inpaint",
+    "Kept",
     "LowRes",
+    "augmentation",
     "checked_level",
     "enlarging",
     "fitted",
     "shrink_mask",
+    "told_level",
     "unit",
 ]
 
 
+class Kept:
+    """A conditioner that guidance does not drop."""
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """`cond` itself: the picture is never dropped."""
+        return cond
+
+
 @dataclass(frozen=True)
-class LowRes:
+class LowRes(Kept):
     """The previous stage's picture, enlarged, as extra channels; or `inputs.image`, made small before.
 
     With a schedule it is noised first, and the network is told how much: cascaded diffusion's conditioning
@@ -77,11 +90,8 @@ class LowRes:
         )
         if self.schedule is None or (self.aug is None and inputs.aug is None):
             return Conditioning(concat=picture)
-        if noise is None:
-            raise ValueError("a low-resolution picture that is augmented needs noise; pass Noise(seeds)")
-        level = self.schedule(self._times(inputs))
-        noisy = expand(level.alpha, picture) * picture + expand(level.sigma, picture) * noise(picture)
-        return Conditioning(concat=noisy, aug=level.t.to(picture.device, torch.float32))
+        level, noisy = augmentation(picture, inputs, self.schedule, self.aug or 0.0, noise)
+        return Conditioning(concat=noisy, aug=level)
 
     def _small(self, inputs: Inputs) -> Tensor:
         """The low-resolution picture; in training, that of the picture to be restored."""
@@ -93,25 +103,17 @@ class LowRes:
             )
         return F.interpolate(inputs.image, scale_factor=1 / self.factor, mode="bilinear", antialias=True)
 
-    def _times(self, inputs: Inputs) -> Tensor:
-        """When on the schedule each picture is noised, (n,) float64."""
-        if inputs.aug is None:
-            return torch.full((inputs.n,), self.aug or 0.0, dtype=torch.float64)
-        assert self.schedule is not None
-        low, high = self.schedule.span
-        level = checked_level(inputs.aug.double().cpu())
-        # Level 0.25 of 1000 discrete steps is step 250, and 1 the last one.
-        return (low + level * (high - low + isinstance(self.schedule, Discrete))).clamp_max(high)
-
-    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
-        """`cond` itself: the picture is never dropped."""
-        return cond
-
 
 def enlarging(conditioner: Conditioner) -> LowRes | None:
     """What reads the low-resolution picture, if anything does."""
     parts = conditioner.parts if isinstance(conditioner, Merged) else (conditioner,)
     return next((c for c in parts if isinstance(c, LowRes)), None)
+
+
+def told_level(conditioner: Conditioner) -> bool:
+    """Whether anything is noised before it is read, and the level told."""
+    parts = conditioner.parts if isinstance(conditioner, Merged) else (conditioner,)
+    return any(getattr(part, "schedule", None) is not None for part in parts)
 
 
 def checked_level(aug: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class ImageEmbed:
 
 
 @dataclass(frozen=True)
-class Inpaint:
+class Inpaint(Kept):
     """The known part of a picture and the mask as extra channels, for networks trained to fill holes.
 
     Attributes:
@@ -180,13 +182,72 @@ class Inpaint:
         if inputs.size is not None:
             image, hole = fitted(image, inputs.size), shrink_mask(hole, inputs.size)
         known = self.encode(image * (1 - hole))
-        mask = shrink_mask(hole, (known.shape[-2], known.shape[-1])).to(known)
+        # As nets of latents were trained: the corner of a cell says for all of it.
+        mask = F.interpolate(hole, size=known.shape[-2:], mode="nearest").to(known)
         mask = 1 - mask if self.marks_known else mask
         return Conditioning(concat=torch.cat([mask, known] if self.mask_first else [known, mask], dim=1))
 
-    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
-        """`cond` itself: the picture is never dropped."""
-        return cond
+
+@dataclass(frozen=True)
+class Edit(Kept):
+    """The picture that an instruction is about: InstructPix2Pix (Brooks et al. 2023, arXiv:2211.09800).
+
+    Attributes:
+        encode: picture (n, 3, H, W) -> latents (n, C, h, w) as the autoencoder gives them, not normalized.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field concat (n, C, h, w). Raises: ValueError without a picture."""
+        if inputs.image is None:
+            raise ValueError("this system edits a picture, and there is none; give an image")
+        return Conditioning(concat=self.encode(inputs.image))
+
+
+@dataclass(frozen=True)
+class Depth(Kept):
+    """How near things are, brighter = nearer, stretched to [-1, 1]: depth to image of Stable Diffusion 2.
+
+    Attributes:
+        factor: pixels per cell of what the network works on.
+    """
+
+    factor: int = 8
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field concat (n, 1, H / factor, W / factor). Raises: ValueError without a hint."""
+        if inputs.hint is None:
+            raise ValueError("this system is told how near things are: give a depth picture as hint")
+        size = [side // self.factor for side in inputs.hint.shape[-2:]]
+        depth = F.interpolate(inputs.hint.mean(1, keepdim=True), size=size, mode="bicubic")
+        low, high = (f(depth, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        # A flat picture says nothing: zero, where the published code divides by zero.
+        return Conditioning(concat=2 * (depth - low) / (high - low).clamp(min=1e-6) - (high > low).to(depth))
+
+
+def augmentation(
+    x: Tensor, inputs: Inputs, schedule: NoiseSchedule, time: float, noise: Noise | None
+) -> tuple[Tensor, Tensor]:
+    """Times (n,) that a network is told, and x (n, ...) noised so far.
+
+    `inputs.aug`, the share of the schedule, goes before `time`.
+
+    Raises: ValueError without noise, or for a level outside [0, 1].
+    """
+    if noise is None:
+        raise ValueError("what is augmented needs noise; pass Noise(seeds)")
+    times = torch.full((inputs.n,), time, dtype=torch.float64)
+    if inputs.aug is not None:
+        low, high = schedule.span
+        times = checked_level(inputs.aug.double().cpu())
+        if isinstance(schedule, Discrete):  # level 0.25 of 1000 steps is step 250, and 1 the last one
+            times = (times * (high + 1)).round().clamp_max(high)
+        else:
+            times = low + times * (high - low)
+    level = schedule(times)
+    noisy = expand(level.alpha, x) * x + expand(level.sigma, x) * noise(x)
+    return level.t.to(x.device, torch.float32), noisy
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,11 @@ class Inputs:
     strength: float = 1.0
     """How much of the walk an edit repeats, in (0, 1]."""
     hint: Tensor | None = None
-    """(n, K, H, W): the pictures that ControlNets read, side by side in the channels."""
+    """(n, K, H, W): what ControlNets read, side by side in the channels; or how near things are."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     aug: Tensor | None = None
-    """(n,) in [0, 1]: how much noise `low_res` gets before it is read; None = the stage's own level."""
+    """(n,) in [0, 1]: noise on `low_res`, or on the embedding of `image`; None = the stage's own level."""
     image_embed: Tensor | None = None
     latent: Tensor | None = None
 

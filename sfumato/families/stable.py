@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
@@ -14,6 +15,7 @@ from sfumato.diffusion.guidance import CFG, Embedded
 from sfumato.families import sdxl
 from sfumato.families.assembly import ASSEMBLIES, latents_of, needed
 from sfumato.families.schedulers import Sampling, sampling_of
+from sfumato.families.stable_inputs import Told, told_of, variations
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
@@ -52,6 +54,8 @@ def _folder(found: Foreign) -> System:
         sampling = replace(sampling, defaults=replace(sampling.defaults, steps=DISTILLED_STEPS))
     if isinstance(net, UNet) and net.config.embedding.guidance_dim:
         sampling = replace(sampling, defaults=replace(sampling.defaults, guidance=Embedded()))
+    if "image_encoder" in found.nets and "text_encoder" not in found.nets:
+        return variations(found, sampling)
     return (sdxl.sdxl_system if large else stable_system)(found, sampling, "Read from a folder of diffusers.")
 
 
@@ -80,7 +84,7 @@ def _second(found: Foreign) -> System:
     system = stable_system(found, sampling, "Read from a single file.", skip=skip)
     stage, how = system.stages[0], "as was said"
     if said is None:
-        cond = stage.conditioner(Inputs())
+        cond = system.config.stages[0].conditioners[0].build(system.parts, stage.codec)(Inputs())
         said, how = (
             predicts(stage.denoiser.net, cond, stage.shape[0], stage.factor // stage.codec.factor),
             "as found",
@@ -98,7 +102,9 @@ def predicts(net: Net, cond: Conditioning, channels: int, factor: int) -> str:
     """
     x = torch.randn(1, channels, 4 * factor, 4 * factor, generator=torch.Generator().manual_seed(0))
     x = x.to(cond.tokens.device if cond.tokens is not None else "cpu")
-    out = net(x, torch.tensor([999.0], device=x.device), cond)[:, :channels].float()
+    wide = getattr(getattr(net, "config", None), "in_channels", channels)  # what else it reads is left black
+    x_in = F.pad(x, (0, 0, 0, 0, 0, wide - channels))
+    out = net(x_in, torch.tensor([999.0], device=x.device), cond)[:, :channels].float()
     correlation = (out * x).mean() / (out.square().mean() * x.square().mean()).sqrt().clamp(min=1e-12)
     return "eps" if correlation > 0.5 else "v"
 
@@ -115,7 +121,9 @@ def stable_system(found: Foreign, sampling: Sampling, summary: str, *, skip: int
     assert isinstance(net, UNet)
     assert isinstance(vae, Autoencoder)
     assert isinstance(text, CLIPText)
-    _check(net, vae, text)
+    told = told_of(found, net, vae)
+    _check(net, text, told)
+    assert told is not None
     size = found.settings["net"].get("sample_size") or 64
     assert isinstance(size, int)
     tower = TowerConfig(tokenizer="tokenizer", encoder="text_encoder", skip=skip)
@@ -123,23 +131,23 @@ def stable_system(found: Foreign, sampling: Sampling, summary: str, *, skip: int
         net="net",
         schedule=sampling.schedule,
         parameterization=sampling.parameterization,
-        conditioners=(ClipTextConfig(towers=(tower,)),),
+        conditioners=(ClipTextConfig(towers=(tower,)), *told.conditioners),
         codec=latents_of(found.settings["vae"]),
-        shape=(net.config.in_channels, size, size),
-        defaults=sampling.defaults,
+        shape=(vae.config.embed_dim, size, size),
+        defaults=told.walk(sampling).defaults,
     )
     about = About(name="Stable Diffusion", summary=summary)
-    parts = Parts({name: found.nets[name] for name in NEEDED}, dict(found.tokenizers))
+    parts = Parts({name: found.nets[name] for name in (*NEEDED, *told.parts)}, dict(found.tokenizers))
     return assemble(SystemConfig(stages=(stage,)), parts, about=about)
 
 
-def _check(net: UNet, vae: Autoencoder, text: CLIPText) -> None:
+def _check(net: UNet, text: CLIPText, told: Told | None) -> None:
     c = net.config
-    if c.in_channels != vae.config.embed_dim or c.embedding.extras:
-        told = [f.field for e in c.embedding.extras for f in e.features]
+    if told is None:
+        fields = [f.field for e in c.embedding.extras for f in e.features]
         raise ValueError(
-            f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *told])}: "
-            "inpainting, depth, upscaling and unCLIP are no systems yet; load_nets gives their networks"
+            f"this U-Net has {c.in_channels} input channels and is told {', '.join(['text', *fields])}: "
+            "no system here tells it that, or its folder is not whole; load_nets gives its networks"
         )
     if c.token_dim != text.config.width:
         raise ValueError(

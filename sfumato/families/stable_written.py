@@ -10,6 +10,7 @@ from sfumato.diffusion.guidance import CFG
 from sfumato.families import sdxl, stable
 from sfumato.families.assembly import PUBLICATIONS, SCALE, Publication
 from sfumato.families.schedulers import SAMPLERS, ddim_config, sampling_of
+from sfumato.families.stable_inputs import extended
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
 from sfumato.systems.conditioning import ClipTextConfig, SizesConfig, TowerConfig
@@ -71,6 +72,8 @@ def _said(system: System) -> _Said:
 @PUBLICATIONS("unet-diffusers")
 def _pipeline(system: System) -> Publication:
     """What StableDiffusionPipeline, StableDiffusionXLPipeline and their relatives read."""
+    if (more := extended(system, _pipeline)) is not None:
+        return more
     said = _said(system)
     stage, codec, classes = said.stage, said.codec, {ours: theirs for theirs, ours in SAMPLERS.items()}
     scheduler = classes.get(stage.defaults.sampler, "DDIMScheduler")

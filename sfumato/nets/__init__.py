@@ -67,6 +67,7 @@ NETS = NetTable(
         "discriminator": ("discriminator", "DiscriminatorConfig", "Discriminator"),
         "dit": ("dit", "DiTConfig", "DiT"),
         "edm2": ("edm2", "EDM2Config", "EDM2"),
+        "embedding_moments": ("clip", "EmbeddingMomentsConfig", "EmbeddingMoments"),
         "last_step": ("unclip", "LastStepConfig", "LastStep"),
         "mlp": ("mlp", "MLPConfig", "MLP"),
         "noised_text": ("noised_clip", "NoisedTextConfig", "NoisedText"),

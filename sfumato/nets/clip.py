@@ -14,17 +14,21 @@ from sfumato.nets.transformer import FeedForward
 
 __all__ = [
     "CLIP",
+    "PIXEL_MEAN",
+    "PIXEL_STD",
     "CLIPConfig",
     "CLIPText",
     "CLIPTextConfig",
     "CLIPVision",
     "CLIPVisionConfig",
+    "EmbeddingMoments",
+    "EmbeddingMomentsConfig",
     "TextStates",
     "seen",
 ]
 
-# Mean and deviation of red, green and blue, in [0, 1], of the pictures of OpenAI.
-PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# Of red, green and blue in [0, 1], in the pictures that CLIP was trained on.
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 Activation = Literal["quick", "none"]
 """GELU: "quick" in OpenAI's weights, "none" (exact) in OpenCLIP's."""
@@ -161,6 +165,23 @@ class CLIPVision(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingMomentsConfig:
+    """Width of the embeddings."""
+
+    dim: int = 768
+
+
+class EmbeddingMoments(nn.Module):
+    """Mean and deviation of embeddings, (1, dim) each, as Stable unCLIP keeps them beside its networks."""
+
+    def __init__(self, config: EmbeddingMomentsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mean = nn.Parameter(torch.zeros(1, config.dim))
+        self.std = nn.Parameter(torch.ones(1, config.dim))
+
+
 class CLIP(nn.Module):
     """Both towers, and the learned scale of their likeness."""
 
@@ -183,7 +204,7 @@ def seen(pictures: Tensor, side: int) -> Tensor:
         size = [round(n * side / short) for n in pictures.shape[-2:]]
         pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = ((n - side) // 2 for n in pictures.shape[-2:])
-    mean, std = (pictures.new_tensor(v).reshape(3, 1, 1) for v in PIXELS)
+    mean, std = (pictures.new_tensor(v).reshape(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (pictures[..., top : top + side, left : left + side] / 2 + 0.5 - mean) / std
 
 

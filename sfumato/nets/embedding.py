@@ -235,7 +235,7 @@ def needed(cond: Conditioning, field: Field) -> Tensor:
 
 
 def _vector(value: Tensor, feature: Feature) -> Tensor:
-    """A field (B,) or (B, K) as (B, width).
+    """A field (B,) or (B, K) as (B, width). Numbers that are NaN say nothing: zeros in place of their waves.
 
     Raises: ValueError if its width is not the configured one.
     """
@@ -243,4 +243,4 @@ def _vector(value: Tensor, feature: Feature) -> Tensor:
     if value.shape[1:] != (feature.dim,):
         shape = tuple(value.shape)
         raise ValueError(f"cond.{feature.field} has shape {shape}; this network needs (batch, {feature.dim})")
-    return sinusoid(value, feature.sinusoid).flatten(1) if feature.sinusoid else value
+    return sinusoid(value, feature.sinusoid).flatten(1).nan_to_num() if feature.sinusoid else value

@@ -11,20 +11,25 @@ from pydantic import Field
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
-from sfumato.conditioners.image import ImageEmbed, Inpaint, LowRes
+from sfumato.conditioners.image import Depth, Edit, ImageEmbed, Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
 from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
+from sfumato.conditioners.vision import ClipImage
 from sfumato.core.registry import unknown
 from sfumato.core.types import Reading
 from sfumato.diffusion.schedules import ScheduleConfig
-from sfumato.nets.clip import CLIPText
-from sfumato.systems.codec import Codec
+from sfumato.nets.clip import CLIPText, CLIPVision, EmbeddingMoments
+from sfumato.systems.codec import Codec, Latents
 
 __all__ = [
+    "READS_IMAGE",
     "TEXTS",
+    "ClipImageConfig",
     "ClipTextConfig",
     "ConditionerConfig",
+    "DepthConfig",
+    "EditConfig",
     "ImageEmbedConfig",
     "InpaintConfig",
     "LabelConfig",
@@ -172,16 +177,67 @@ class InpaintConfig:
         return Inpaint(codec.encode, self.mask_first, self.marks_known)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """See conditioners.image.Edit; the latents are not normalized, as its networks were trained."""
+
+    kind: Literal["edit"] = "edit"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        if not isinstance(codec, Latents):
+            return Edit(codec.encode)
+        autoencoder = codec.autoencoder
+        return Edit(lambda x: autoencoder.encode(x).mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """See conditioners.image.Depth."""
+
+    kind: Literal["depth"] = "depth"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return Depth(codec.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipImageConfig:
+    """See conditioners.vision.ClipImage; names of networks among the parts, "" = no moments."""
+
+    encoder: str = "image_encoder"
+    moments: str = ""
+    schedule: ScheduleConfig | None = None
+    aug: float = 0.0
+    kind: Literal["clip_image"] = "clip_image"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        tower = part_of("network", self.encoder, parts.nets)
+        moments = part_of("network", self.moments, parts.nets) if self.moments else None
+        if not isinstance(tower, CLIPVision) or not isinstance(moments, EmbeddingMoments | None):
+            raise ValueError(
+                f"networks {self.encoder!r} and {self.moments!r} must be a CLIPVision and EmbeddingMoments"
+            )
+        return ClipImage(tower, moments, self.schedule, self.aug)
+
+
 ConditionerConfig = Annotated[
     TokenTextConfig
     | ClipTextConfig
+    | ClipImageConfig
     | SizesConfig
     | LabelConfig
     | LowResConfig
     | ImageEmbedConfig
-    | InpaintConfig,
+    | InpaintConfig
+    | EditConfig
+    | DepthConfig,
     Field(discriminator="kind"),
 ]
+READS_IMAGE = (InpaintConfig, EditConfig, ClipImageConfig)
+"""A stage with one of these is told the picture of a request, and does not begin with it noised."""
 
 TEXTS = (TokenTextConfig, ClipTextConfig)
 """Those that read a text."""

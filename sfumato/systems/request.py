@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.conditioners.image import checked_level, enlarging
+from sfumato.conditioners.image import checked_level, enlarging, told_level
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs, Reading
@@ -48,15 +48,16 @@ class Request(TypedDict, total=False):
     image: Image.Image | Tensor
     """Picture to start from: a Pillow image, or (n, 3, H, W) in [-1, 1]."""
     mask: Image.Image | Tensor
-    """White, or 1, where `image` is to be repainted."""
+    """White, or 1, where `image` is to be repainted; of the same size."""
     low_res: Image.Image | Tensor
     """Picture to enlarge, or (n, 3, h, w) in [-1, 1]: the first stage that runs is the one that reads it."""
     aug: float
-    """Noise on the picture to enlarge, 0 to 1, where the stage is told of it; else the stage's own."""
+    """Noise on the picture to enlarge, or on the embedding of `image`, 0 to 1; else the stage's own."""
     hint: Image.Image | Tensor | Sequence[Image.Image] | None
-    """What ControlNets read: a picture for each, or (n, K, H, W) in [-1, 1] with all side by side."""
+    """A picture for each ControlNet, or how near things are, brighter = nearer; or (n, K, H, W) in [-1, 1]
+    with all side by side."""
     strength: float
-    """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given."""
+    """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given. All steps are in it."""
     only: Collection[str]
     """Names of the stages to run."""
     options: Mapping[str, SampleOptions]
@@ -70,6 +71,7 @@ class Request(TypedDict, total=False):
     """A number is the scale of the stage's own guidance; 1 = off."""
     window: tuple[float, float]
     start: Start
+    tile: int | None
 
 
 def inputs_for(
@@ -91,6 +93,7 @@ def inputs_for(
     count = len(prompts) if prompts is not None else len(labels) if labels is not None else 1
     size = _size(request.get("size"))
     target = size or default_size
+    _check_mask(request.get("image"), request.get("mask"))
     return Inputs(
         n=count * n,
         text=None if prompts is None else _each(prompts, n),
@@ -143,7 +146,7 @@ def entered(request: Request, stages: Sequence[Stage]) -> Request:
     reading = [s for s in running if enlarging(s.conditioner) is not None]
     if "aug" in request:
         checked_level(torch.tensor([float(request["aug"])]))
-        if not any(getattr(enlarging(s.conditioner), "schedule", None) for s in reading):
+        if not any(told_level(s.conditioner) for s in running):
             raise ValueError("aug is given, and no stage that runs is told such a level; leave it out")
     if low is None:
         return asked
@@ -151,31 +154,31 @@ def entered(request: Request, stages: Sequence[Stage]) -> Request:
         names = ", ".join(repr(s.name) for s in running)
         raise ValueError(f"low_res is a picture to enlarge, and {names} would begin without it; leave it out")
     first, last = reading[0], next(s for s in reversed(stages) if s.pixels is not None)
-    factor = enlarging(first.conditioner)
-    assert factor is not None
+    reader = enlarging(first.conditioner)
+    assert reader is not None
+    factor = reader.factor * first.codec.factor  # from the picture to the pixels of this stage
     assert first.pixels is not None
     assert last.pixels is not None
     asked["only"] = [s.name for s in running[running.index(first) :]]
     if isinstance(low, Image.Image):
         wanted = _size(request.get("size"))
         if wanted is not None:  # the same part of the picture that the sides of the stages are
-            own = [
-                s * p // (q * factor.factor)
-                for s, p, q in zip(wanted, first.pixels, last.pixels, strict=True)
-            ]
+            own = [s * p // (q * factor) for s, p, q in zip(wanted, first.pixels, last.pixels, strict=True)]
             low = center_crop(low.convert("RGB"), (own[0], own[1]))
         asked["low_res"] = low = to_float(from_pil(low))
     if "size" not in request:
         sides = [
-            s * factor.factor * q // p
-            for s, p, q in zip(low.shape[-2:], first.pixels, last.pixels, strict=True)
+            s * factor * q // p for s, p, q in zip(low.shape[-2:], first.pixels, last.pixels, strict=True)
         ]
         asked["size"] = sides[0], sides[1]
     return asked
 
 
-def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
+def options_for(defaults: SampleOptions, request: Request, *, told: bool = False) -> SampleOptions:
     """The options of a stage with what the request overrides.
+
+    Args:
+        told: whether the stage's network is told the picture, so that it can begin with noise.
 
     Raises: ValueError in one line for a name that is no option, or a value out of range.
     """
@@ -193,8 +196,9 @@ def options_for(defaults: SampleOptions, request: Request) -> SampleOptions:
     knobs = defaults.spacing_knobs
     if "steps" in given and "sections" in knobs and not given.keys() & {"spacing", "spacing_knobs"}:
         given["spacing_knobs"] = {name: v for name, v in knobs.items() if name != "sections"}
-    if "image" in request and "start" not in given and isinstance(defaults.start, FromNoise):
-        given["start"] = FromImage()
+    begins = "image" in request and (not told or "strength" in request)
+    if begins and "start" not in given and isinstance(defaults.start, FromNoise):
+        given["start"] = FromImage(blend=not told)
     return replace(defaults, **given) if given else defaults
 
 
@@ -256,6 +260,22 @@ def _hint(
     if hint is None or isinstance(hint, Image.Image | Tensor):
         return _picture(hint, size, n)
     return torch.cat([one for picture in hint if (one := _picture(picture, size, n)) is not None], dim=1)
+
+
+def _check_mask(image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None) -> None:
+    if mask is not None and image is None:
+        raise ValueError("a mask says where a picture is to be repainted, and there is none; give an image")
+    if image is not None and mask is not None and _sides(image) != _sides(mask):
+        (height, width), (own, across) = _sides(image), _sides(mask)
+        raise ValueError(
+            f"the mask is {across}x{own} pixels and the image {width}x{height}; give a mask of that size"
+        )
+
+
+def _sides(picture: Image.Image | Tensor) -> Size:
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return picture.shape[-2], picture.shape[-1]
 
 
 def _mask(mask: Image.Image | Tensor | None, size: Size | None, n: int) -> Tensor | None:

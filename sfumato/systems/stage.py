@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -16,13 +17,14 @@ from sfumato.core.random import Noise
 from sfumato.core.types import Denoised, Inputs
 from sfumato.diffusion.constraints import constrained
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
-from sfumato.diffusion.guidance import Guidance, Guided
+from sfumato.diffusion.guidance import CFG, Guidance, Guided
 from sfumato.diffusion.sampling import Run, integrate
 from sfumato.diffusion.score import ScoreGuidance
 from sfumato.systems.codec import Codec, Pixels
 from sfumato.systems.guides import Guide
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.start import Beginning, Fill, FromImage, Place
+from sfumato.systems.start import Beginning, FromImage, Inverted, Place
+from sfumato.systems.tiles import tiled
 
 __all__ = ["Emits", "Observer", "Progress", "Stage"]
 
@@ -121,6 +123,10 @@ class Stage:
         """
         if options.candidates > 1:
             return self._nearest(inputs, options, noise, observe)
+        if options.tile is not None and inputs.low_res is not None and inputs.size is not None:
+            factor = inputs.size[0] // inputs.low_res.shape[-2]
+            if factor > 1 and max(inputs.size) > options.tile:
+                return self._in_tiles(inputs, options, noise, observe, factor)
         shape = self.shape_for(inputs.size)
         inputs = _moved(replace(inputs, size=inputs.size or self.pixels), self.device)
         guidance = self._guidance(inputs, shape, options)
@@ -134,7 +140,14 @@ class Stage:
                     f"stage {self.name!r} works on {wanted} and is given a picture that comes to {found}; "
                     "give a low_res that fits, or its size"
                 )
-            place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
+            edits = isinstance(options.start, FromImage | Inverted)
+            grid = options.grid(self.denoiser.schedule, inputs.strength if edits else 1.0)
+
+            def alone(told: Inputs) -> DenoiseFn:
+                cond = self.conditioner(told, noise.fork(f"{self.name}/conditioning")).to(self.device)
+                return CFG().bind(self.denoiser.planned(grid), cond, cond)
+
+            place = Place(like, grid, self.codec, noise, alone)
             beginning = options.start.begin(inputs, place)
             denoise = guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
             denoise = constrained(denoise, known=beginning.known, threshold=options.threshold)
@@ -172,6 +185,23 @@ class Stage:
             inputs, image_embed=rows[best, torch.arange(inputs.n, device=rows.device)], latent=None
         )
 
+    def _in_tiles(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None, factor: int
+    ) -> Inputs:
+        """`low_res` enlarged tile by tile, each with noise of its own."""
+        assert inputs.low_res is not None
+        assert options.tile is not None
+        whole, tile, count = replace(options, tile=None), options.tile // factor, itertools.count()
+
+        def enlarged(part: Tensor) -> Tensor:
+            size = (part.shape[-2] * factor, part.shape[-1] * factor)
+            told = replace(inputs, low_res=part, size=size)
+            done = self.run(told, whole, noise.fork(f"tile {next(count)}"), observe).low_res
+            assert done is not None
+            return done
+
+        return replace(inputs, low_res=tiled(enlarged, inputs.low_res, tile, tile // 4, factor))
+
     def _walk(
         self,
         denoise: DenoiseFn,
@@ -194,12 +224,14 @@ class Stage:
             return replace(inputs, latent=x)
         if self.emits == "image_embed":
             return replace(inputs, image_embed=self.codec.decode(x), latent=None)
-        picture = self.codec.decode(x).float().clamp(-1, 1)
-        if (
-            isinstance(options.start, FromImage | Fill)
-            and inputs.image is not None
-            and inputs.mask is not None
-        ):
+        decode = self.codec.decode
+        if options.tile is not None:
+            f = self.codec.factor
+            picture = tiled(decode, x, max(options.tile // f, 1), options.tile // (4 * f), f)
+        else:
+            picture = decode(x)
+        picture = picture.float().clamp(-1, 1)
+        if inputs.image is not None and inputs.mask is not None:
             # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
             size = (picture.shape[-2], picture.shape[-1])
             mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")

@@ -17,7 +17,13 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.conditioning import TEXTS, ClipTextConfig, LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import (
+    READS_IMAGE,
+    TEXTS,
+    ClipTextConfig,
+    LabelConfig,
+    TokenTextConfig,
+)
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request, entered, inputs_for, options_for, seeds_for
@@ -48,6 +54,11 @@ class System:
     def size(self) -> tuple[int, int] | None:
         """(height, width) of its pictures unless the caller says otherwise; None if it makes none."""
         return next((s.pixels for s in reversed(self.stages) if s.pixels is not None), None)
+
+    @property
+    def factor(self) -> int:
+        """Sides of its pictures are multiples of this."""
+        return self.stages[-1].factor
 
     def run(
         self,
@@ -139,7 +150,10 @@ class System:
         request = entered(request, self.stages)
         given, only = request.get("options", {}), request.get("only")
         stages = [s for s in self.stages if only is None or s.name in only]
-        return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
+        told = {c.name for c in self.config.stages if any(isinstance(k, READS_IMAGE) for k in c.conditioners)}
+        return {
+            s.name: options_for(given.get(s.name, s.defaults), request, told=s.name in told) for s in stages
+        }
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a prompt that the system was not trained on, where it can tell."""

@@ -178,10 +178,10 @@ def test_what_is_no_system_yet_says_so(tmp_path: Path) -> None:
     config = path / "unet/config.json"
     system = sfumato.load(path)
     assert system.config.stages[0].defaults.guidance.scale == 7.5
-    wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 9})
+    wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 11})
     wide.save_pretrained(path / "unet")
     with pytest.raises(
-        ValueError, match=r"this U-Net has 9 input channels .*: inpainting, .* no systems yet"
+        ValueError, match=r"this U-Net has 11 input channels .*: no system here tells it that"
     ):
         sfumato.load(path)
 

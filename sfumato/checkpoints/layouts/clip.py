@@ -18,7 +18,15 @@ from sfumato.checkpoints.keymap import SAME, TRANSPOSED, KeyMap, Leaf, LeafTable
 from sfumato.checkpoints.weights import assign, parameter_free
 from sfumato.nets.clip import CLIP, Activation, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
-__all__ = ["hub_map", "hub_text_map", "open_map", "open_text_map", "read_clip", "write_clip"]
+__all__ = [
+    "hub_map",
+    "hub_text_map",
+    "hub_vision_map",
+    "open_map",
+    "open_text_map",
+    "read_clip",
+    "write_clip",
+]
 
 # Of the file but not of the net: row numbers, and what OpenAI's archives say of their shapes.
 IGNORED = (
@@ -74,12 +82,16 @@ def open_text_map(config: CLIPTextConfig) -> KeyMap:
     return KeyMap.of([("", "", OPEN_TEXT), *blocks]) + _projection("text_projection", config.embed)
 
 
+def hub_vision_map(config: CLIPVisionConfig) -> KeyMap:
+    """Names of a vision tower on the model hub, to those of CLIPVision."""
+    blocks = [(f"encoder.layers.{i}", f"blocks.{i}", HUB_BLOCK) for i in range(config.depth)]
+    tower = KeyMap.of([("", "", HUB_VISION), *blocks]).under("vision_model")
+    return tower + _projection("visual_projection.weight", config.embed)
+
+
 def hub_map(config: CLIPConfig) -> KeyMap:
     """Names of the model hub."""
-    blocks = [(f"encoder.layers.{i}", f"blocks.{i}", HUB_BLOCK) for i in range(config.vision.depth)]
-    vision = KeyMap.of([("", "", HUB_VISION), *blocks]).under("vision_model")
-    vision += _projection("visual_projection.weight", config.vision.embed)
-    return _both(hub_text_map(config.text), vision)
+    return _both(hub_text_map(config.text), hub_vision_map(config.vision))
 
 
 def open_map(config: CLIPConfig) -> KeyMap:

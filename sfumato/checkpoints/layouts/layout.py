@@ -80,7 +80,7 @@ class Layout:
         files: stem of a published file -> settings that its tensors do not tell.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
-        library: which that class is from.
+        library: which that class is from; or the pipelines of diffusers that it is part of.
         pads: name of a tokenizer -> what fills its short texts, where the file has text towers of CLIP; their
             vocabulary lies beside it.
         markers: names of tensors that say something of the denoiser -> that setting.
@@ -90,7 +90,7 @@ class Layout:
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
-    library: Literal["diffusers", "transformers"] = "diffusers"
+    library: Literal["diffusers", "transformers", "stable_diffusion"] = "diffusers"
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
     pads: Mapping[str, str] = field(default_factory=dict)
