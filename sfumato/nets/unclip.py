@@ -129,8 +129,8 @@ class LastStep(nn.Module):
         return self.first(x, t, cond)
 
     def plan(self, times: Tensor) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
-        """The net for a walk over these times."""
-        cleanest = float(times.min())
+        """The net for a walk over these times, of which the last is where it ends; see `Net`."""
+        cleanest = float(times[:-1].min())
 
         def net(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             return (self.last if float(t[0]) <= cleanest else self.first)(x, t, cond)

@@ -19,7 +19,7 @@ from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, Tok
 from sfumato.nets.noised_clip import NoisedText, NoisedTextConfig, NoisedVision, NoisedVisionConfig
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
 from sfumato.nets.unet import UNet, UNetConfig, levels
-from sfumato.systems.adapting import guided_by
+from sfumato.systems.guiding import guided_by
 from sfumato.text.clip import clip_tokenizer
 from sfumato.text.glide import glide_tokenizer
 

@@ -79,11 +79,16 @@ def small_net(tag):
     tasks = {name: RECIPES[f"toy-{name}"]().task for name in ("autoencoder", "dit", "prior", "unet")}
     configs = {
         "autoencoder": tasks["autoencoder"].net,
+        "clip": CLIPConfig(text=TEXT, vision=VISION),
+        "clip_vision": VISION,
         "clip_text": CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16),
         "controlnet": ControlNetConfig(encoder=tasks["unet"].net, hint_widths=(4, 8)),
         "discriminator": tasks["autoencoder"].discriminator,
         "dit": tasks["dit"].net,
+        "last_step": LastStepConfig(net=plain_unet(tasks["unet"].net)),
         "mlp": tasks["prior"].net,
+        "prior": PriorConfig(dim=16, text_dim=16, context=5, width=16, depth=1, heads=2),
+        "t5": T5Config(vocab_size=20, width=16, depth=1, heads=2, head_dim=8, hidden=32),
         "noisy_classifier": NoisyClassifierConfig(
             encoder=plain_unet(tasks["unet"].net), num_classes=5, pool="adaptive", size=32, head_dim=8
         ),

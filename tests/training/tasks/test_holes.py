@@ -6,7 +6,7 @@ import torch
 
 from sfumato.core.random import Noise
 from sfumato.training.jobs.base import FIRST, _widened
-from sfumato.training.tasks.denoising import holes_in
+from sfumato.training.jobs.told import holes_in
 
 
 def test_holes_are_boxes_or_everything_and_depend_on_the_sample_alone():
