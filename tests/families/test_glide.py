@@ -19,7 +19,7 @@ from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, Tok
 from sfumato.nets.noised_clip import NoisedText, NoisedTextConfig, NoisedVision, NoisedVisionConfig
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
 from sfumato.nets.unet import UNet, UNetConfig, levels
-from sfumato.systems.adapting import guided_by
+from sfumato.systems.guiding import guided_by
 from sfumato.text.clip import clip_tokenizer
 from sfumato.text.glide import glide_tokenizer
 
@@ -172,7 +172,7 @@ def test_clip_guides_to_the_text(files, tmp_path):
         both |= sfumato.load_nets(path, layout=layout, config={"n_head_state": 16})
         pairs = zip(both[f"clip_{name}"].parameters(), net.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    tokenizer = clip_tokenizer(tmp_path, length=8)
+    tokenizer = clip_tokenizer(tmp_path, context=8)
     base = sfumato.load(files / "base.pt", config=config)
     with pytest.raises(ValueError, match="the noised CLIP has no vocabulary; copy bpe_simple"):
         sfumato.guided(base, both)
