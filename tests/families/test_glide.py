@@ -178,7 +178,7 @@ def test_clip_guides_to_the_text(files, tmp_path):
         both |= sfumato.load_nets(path, layout=layout, config={"n_head_state": 16})
         pairs = zip(both[f"clip_{name}"].parameters(), net.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    tokenizer = clip_tokenizer(tmp_path, length=8)
+    tokenizer = clip_tokenizer(tmp_path, context=8)
     base = sfumato.load(files / "base.pt", config=config)
     with pytest.raises(ValueError, match="the noised CLIP has no vocabulary; copy bpe_simple"):
         sfumato.guided(base, both)

@@ -225,7 +225,7 @@ def single(system: sfumato.System, layout: str, path: Path) -> None:
 def test_single_files_draw_what_the_folder_draws(
     layout: str, kind: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfumato.checkpoints.foreign.installed", lambda: None)
+    monkeypatch.setattr("sfumato.text.clip.packages", lambda folders: ())
     folder = sfumato.load(pipeline(tmp_path, kind))
     file = tmp_path / "alone" / "model.safetensors"
     file.parent.mkdir()
