@@ -9,18 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato.api import generate, load, load_nets, save, save_nets, train
-    from sfumato.core.types import Inputs
+    from sfumato.api import cascade, generate, guided, load, load_nets, save, save_nets, train
+    from sfumato.core.types import Inputs, Reading
     from sfumato.systems.system import System
 
-__all__ = ["Inputs", "System", "__version__", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = [
+    "Inputs",
+    "Reading",
+    "System",
+    "__version__",
+    "cascade",
+    "generate",
+    "guided",
+    "load",
+    "load_nets",
+    "save",
+    "save_nets",
+    "train",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Inputs": "sfumato.core.types",
+    "Reading": "sfumato.core.types",
     "System": "sfumato.systems.system",
+    "cascade": "sfumato.api",
     "generate": "sfumato.api",
+    "guided": "sfumato.api",
     "load": "sfumato.api",
     "load_nets": "sfumato.api",
     "save": "sfumato.api",

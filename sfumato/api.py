@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -10,43 +11,49 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.checkpoints.foreign import CONFIG, INDEX, read_foreign, read_json, write_nets
+from sfumato.checkpoints.foreign import CONFIG, INDEX, Foreign, read_foreign, read_json, read_text, write_nets
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted
+from sfumato.systems.cascade import deferred, joined
+from sfumato.systems.guiding import guided_by
 from sfumato.systems.request import Request
 from sfumato.systems.system import System, load_system, save_system
 
 if TYPE_CHECKING:
     from sfumato.training.recipe import Recipe
 
-__all__ = ["BUNDLED", "generate", "load", "load_nets", "save", "save_nets", "train"]
+__all__ = ["BUNDLED", "cascade", "generate", "guided", "load", "load_nets", "save", "save_nets", "train"]
 
 Config = Mapping[str, object] | str | Path
 BUNDLED = Path(__file__).resolve().parent / "assets" / "default"
 """The system that comes with the package."""
 
 
-def load(
+def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     path: str | Path | None = None,
     *,
     layout: str | None = None,
     config: Config | None = None,
     vae: str | Path | None = None,
+    text: str | Path | System | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    adapter: str | Path | None = None,
-    adapter_scale: float = 1.0,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    adapter_scale: float | Sequence[float] = 1.0,
 ) -> System:
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
     Args:
         layout, config: of a file of another program, see `load_nets`.
         vae: its first stage, if that is a file or folder of its own; without one it draws latents.
+        text: folder with the text encoder that it reads with (IF: T5) and its tokenizer, if it has none; or a
+            system, with which it then shares them.
         device: where the networks go; "auto" takes an accelerator if there is one.
         dtype: float32 (default), or float16 or bfloat16 to compute in half precision.
-        adapter: adapter.safetensors of a run on this system, merged into its weights.
-        adapter_scale: factor on what it changes; 1 = as trained, 0 = nothing.
+        adapter: adapter.safetensors of a run on this system or LoRA files of other programs, merged into its
+            weights.
+        adapter_scale: factor on what it changes, for all or for each; 1 = as trained, 0 = nothing.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
@@ -54,12 +61,69 @@ def load(
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
     path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
     if _foreign(path):
-        system = _load_foreign(path, layout, _settings(config), vae, where, held)
-    elif layout is not None or config is not None or vae is not None:
-        raise ValueError(f"{path} is no file of another program: leave out layout, config and vae")
+        system = _load_foreign(path, layout, _settings(config), vae, text, where, held)
+    elif layout is not None or config is not None or vae is not None or text is not None:
+        raise ValueError(f"{path} is no file of another program: leave out layout, config, vae and text")
     else:
         system = load_system(path, device=where, dtype=held)
     return system if adapter is None else adapted(system, adapter, scale=adapter_scale)
+
+
+def guided(
+    system: System | str | Path,
+    *guides: str | Path | Mapping[str, nn.Module],
+    scale: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> System:
+    """A system of one stage that is guided by a noisy classifier, or by GLIDE's noised CLIP.
+
+    Args:
+        system: a loaded one, or its path.
+        guides: the file or run of the classifier, the files of both towers of CLIP, or nets of `load_nets`.
+        scale: how strongly unless a request gives `guidance`; None = 1 for a classifier, 3 for CLIP.
+        device, dtype: of what is read, as of `load`.
+
+    Raises: ValueError in one line if the guide is of other classes or pictures than the system.
+    """
+    where, held = device_of(device), dtype or torch.float32
+    nets: dict[str, nn.Module] = {}
+    words = None
+    for guide in guides:
+        if isinstance(guide, Mapping):
+            nets |= guide
+            continue
+        path = Path(guide)
+        folder = path if (path / MANIFEST).is_file() else path / "system"
+        if (folder / MANIFEST).is_file():
+            nets |= read_folder(folder, device=where, dtype=held).parts.nets
+        else:
+            found = read_foreign(path, device=where, dtype=held)
+            nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)
+    system = system if isinstance(system, System) else load(system, device=where, dtype=held)
+    return guided_by(system, nets, words, scale=scale)
+
+
+def cascade(
+    *systems: System | str | Path,
+    text: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> System:
+    """One system of the stages of several, in order: what draws, then what enlarges.
+
+    Args:
+        systems: loaded ones, or paths. Of a path the weights are read for each run of a stage and dropped
+            after it, so that the memory is that of the largest; draw all pictures in one batch.
+        text, device, dtype: of the paths, as of `load`.
+
+    Raises: ValueError in one line if a stage cannot take what the one before it makes.
+    """
+    reads = [
+        s if isinstance(s, System) else partial(load, s, text=text, device=device, dtype=dtype)
+        for s in systems
+    ]
+    return joined([s if isinstance(s, System) else deferred(s) for s in reads])
 
 
 def load_nets(
@@ -95,7 +159,8 @@ def save(
 
     Args:
         layout: None = sfumato's own; "dit" or "sit" = the denoiser as a .pt or .safetensors file;
-            "dit-diffusers" = a folder for diffusers' DiTPipeline.
+            "dit-diffusers", "unet-diffusers" = a folder for diffusers' pipelines; "sd1-compvis",
+            "sd2-compvis", "sdxl-compvis", "sdxl-refiner-compvis" = a single file with everything in it.
         dtype: of the stored weights; None = as they are in memory.
 
     Returns: the fingerprint of what was written, "" in another layout.
@@ -139,6 +204,7 @@ def _load_foreign(
     layout: str | None,
     config: Mapping[str, object],
     vae: str | Path | None,
+    text: str | Path | System | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> System:
@@ -147,6 +213,11 @@ def _load_foreign(
     found = read_foreign(path, layout=layout, config=config, device=device, dtype=dtype)
     if vae is not None:
         found += read_foreign(vae, device=device, dtype=dtype)
+    if isinstance(text, System):
+        nets = {name: net for name, net in text.parts.nets.items() if name == "text_encoder"}
+        found += Foreign(nets, {}, {}, {}, text.parts.tokenizers)
+    elif text is not None:
+        found += read_text(text, device=device, dtype=dtype)
     return system_of(found)
 
 

@@ -67,6 +67,14 @@ def test_words_that_were_never_learned_are_told(run):
     assert err == ""
 
 
+def test_how_clip_reads_a_prompt_is_asked_of_systems_that_have_it(run):
+    code, out, err = run("generate", "a (red:1.3) heart", "--prompt-weights")
+    assert (code, out) == (2, "")
+    assert err == "sfumato: CLIP does not read the prompts of this system; leave out how it is to read\n"
+    code, _, err = run("generate", "a heart", "--prompt-chunks", 0)
+    assert (code, err) == (2, "sfumato: chunks of a prompt is 0; allowed: a whole number from 1 on\n")
+
+
 def test_a_picture_tells_how_it_was_made(run, tiny_folder):
     run(
         "generate",

@@ -74,10 +74,10 @@ def test_bench_scenes_prints_a_table_and_writes_result_and_sheet(run, tmp_path, 
     code, out, err = command(capsys, "bench", "scenes", run, "--out", tmp_path / "b", *FEW)
     assert (code, err) == (0, "")
     assert "2 pictures of each split, seed 0; euler, 1 steps, guidance 2" in out
-    assert all(word in out for word in ("combinations", "valid", "joint", "scenes of training", "EMA 0.999"))
+    assert all(word in out for word in ("combinations", "valid", "joint", "scenes of training", "EMA 0.995"))
     result = json.loads((tmp_path / "b/scenes.json").read_text())
     assert result["protocol"]["steps"] == 1
-    assert result["ema"] == 0.999
+    assert result["ema"] == 0.995
     assert result["splits"]["seen"]["facts"]["joint"]["total"] == 2
     with Image.open(tmp_path / "b/scenes.png") as sheet:
         assert sheet.size == (12 * 40 - 2, 5 * 40 - 2)

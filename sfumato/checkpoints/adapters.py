@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sfumato.checkpoints.files import read_safetensors
+from sfumato.checkpoints.files import read_metadata, read_safetensors
+from sfumato.checkpoints.kinds import looks_like
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import write_whole
 from sfumato.nets.lora import Adapter, LoraConfig, extract
 
-__all__ = ["AdapterFile", "read_adapters", "write_adapters"]
+__all__ = ["FORMAT", "AdapterFile", "read_adapters", "write_adapters"]
 
 FORMAT = "sfumato-adapter"
 
@@ -57,16 +57,12 @@ def read_adapters(path: Path) -> AdapterFile:
 
     Raises: ValueError in one line if the file is missing or damaged, or holds something else.
     """
-    tensors = read_safetensors(path)
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    tensors, about = read_safetensors(path), read_metadata(path)
     if about.get("format") != FORMAT:
+        hint = looks_like(tensors) or "if these are whole weights, load them as a system"
+        first = next(iter(tensors), "none")
         raise ValueError(
-            f"{path} is no adapter of sfumato: it holds {len(tensors)} tensors such as "
-            f"{next(iter(tensors), 'none')!r}; if these are whole weights, load them as a system"
+            f"{path} is no adapter of sfumato: it holds {len(tensors)} tensors such as {first!r}; {hint}"
         )
     nets: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "COPY_AGAIN",
+    "read_metadata",
     "read_pickled",
     "read_safetensors",
     "read_tensors",
@@ -72,17 +73,28 @@ def read_safetensors(path: str | Path, device: torch.device | str = "cpu") -> di
         raise ValueError(f"{path}: {_damage(path, error)}; {COPY_AGAIN}") from None
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; errors as of `read_safetensors`."""
+    path = _existing(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {_damage(path, error)}; {COPY_AGAIN}") from None
+
+
 def read_pickled(path: str | Path) -> dict[str, object]:
     """The mapping that torch.save wrote, by torch's restricted unpickler: tensors and plain containers.
 
-    argparse's Namespace counts as one: training scripts keep their arguments in it.
+    argparse's Namespace and torch's ParameterDict count as such: training scripts keep arguments and learned
+    words in them.
 
     Raises: ValueError in one line with the path if the file is missing, damaged, no mapping, or holds any
     object that would have to be imported.
     """
     path = _existing(path)
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace, nn.ParameterDict]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: {_refused(error)}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.files import COPY_AGAIN, read_safetensors, read_weights, write_safetensors
+from sfumato.checkpoints.kinds import looks_like
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
-from sfumato.text.clip import clip_tokenizer
+from sfumato.text.clip import clip_tokenizer, clip_vocabulary
+from sfumato.text.glide import glide_tokenizer
+from sfumato.text.t5 import t5_tokenizer
 from sfumato.text.tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "write_nets"]
+__all__ = ["CONFIG", "INDEX", "Foreign", "read_foreign", "read_json", "read_text", "write_nets"]
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # names of weights in a diffusers folder, without their ending
+SHARDED = ("index.json", "index.fp16.json", "fp16.index.json")  # endings of lists of shards
+# Folders of a pipeline whose net is "net" or "vae"; of other folders it has the folder's name.
+DENOISERS, FIRST_STAGES = ("unet", "transformer", "decoder"), ("vae", "vqvae")
 WRITTEN = (".pt", ".safetensors")
+AVERAGES = "model_ema."  # what latent diffusion keeps beside the net, names without dots
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
 TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
 
@@ -75,13 +82,15 @@ def read_foreign(
     """Read a weights file, a folder of one diffusers model, or a whole diffusers pipeline.
 
     Args:
-        layout: a name in LAYOUTS; None = the first whose marks the tensors have.
+        layout: a name in LAYOUTS; None, or "diffusers" = the first whose marks the tensors have.
         config: settings of the net in the reference's own names, beyond what the file says of itself.
         dtype: in which matrix and convolution weights are held; see `floating`.
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
     path = Path(path)
+    if layout == "diffusers":
+        layout = None  # which of its classes it is, the folder or the tensors say
     if layout is not None:
         LAYOUTS[layout]
     if (path / INDEX).is_file():
@@ -101,6 +110,18 @@ def read_foreign(
         net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         net.eval()
     return found
+
+
+def read_text(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Foreign:
+    """The text encoder "text_encoder" and the tokenizer "tokenizer" of a pipeline, or of a folder of both.
+
+    Raises: ValueError in one line if there is no T5 encoder.
+    """
+    path = Path(path)
+    home, words = path / "text_encoder", path / "tokenizer"
+    home, words = home if home.is_dir() else path, words if words.is_dir() else path
+    found = read_foreign(home, layout="t5", device=device, dtype=dtype)
+    return found + Foreign({}, {}, {}, {}, {"tokenizer": t5_tokenizer(words)})
 
 
 def write_nets(
@@ -160,14 +181,18 @@ def _placed(nets: Mapping[str, nn.Module], layout: str) -> list[tuple[Part[Any],
     """Every part of the layout with its net."""
     parts = LAYOUTS[layout].parts
     classes = [part.build for part in parts if isinstance(part.build, type)]
+    if len(set(classes)) < len(classes) and {part.name for part in parts} == set(nets):
+        return [(part, nets[part.name]) for part in parts]
     for net in nets.values():
         if not isinstance(net, tuple(classes)):
             raise ValueError(f"layout {layout!r} has no place for a {type(net).__name__}")
     placed = [
         (part, net)
         for part in parts
-        for net in nets.values()
-        if isinstance(part.build, type) and isinstance(net, part.build)
+        for name, net in nets.items()
+        if isinstance(part.build, type)
+        and isinstance(net, part.build)
+        and (name == part.name or sum(other.build is part.build for other in parts) == 1)
     ]
     if len(placed) != len(parts) or len(nets) != len(parts):
         names, got = ", ".join(part.name for part in parts), ", ".join(nets) or "no network"
@@ -198,16 +223,20 @@ def _read_pipeline(path: Path, config: Settings) -> Foreign:
     index = read_json(path / INDEX)
     found = Foreign({}, {}, {}, {"": index})
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or not (path / name).is_dir():
+        home = path / name if (path / name).is_dir() else path  # the oldest pipelines have no subfolders
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        if name == "scheduler":
-            found += Foreign({}, {}, {}, {name: read_json(path / name / "scheduler_config.json")})
+        if home == path and not (path / {"unet": CONFIG, "scheduler": SCHEDULER}.get(name, " ")).is_file():
+            continue
+        if name.endswith("scheduler") or (path / name / SCHEDULER).is_file():
+            found += Foreign({}, {}, {}, {name: read_json(home / SCHEDULER)})
         elif name.startswith("tokenizer") and str(entry[1]).startswith("CLIPTokenizer"):
             found += Foreign({}, {}, {}, {}, {name: clip_tokenizer(path / name)})
-        elif (layout := _of_class(str(entry[1]))) is not None:
-            given = config if LAYOUTS[layout].parts[0].name == "net" else {}
-            part = _read_folder(path / name, layout, given)
-            found += part.named(name) if LAYOUTS[layout].library == "transformers" else part
+        elif name.startswith("tokenizer") and str(entry[1]).startswith("T5Tokenizer"):
+            found += Foreign({}, {}, {}, {}, {name: t5_tokenizer(path / name)})
+        elif _of_class(str(entry[1])) is not None:
+            part = _read_folder(home, None, config if name in DENOISERS else {})
+            found += part if name in (*DENOISERS, *FIRST_STAGES) else part.named(name)
     if not found.nets:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / INDEX} names no model that sfumato reads; it reads {', '.join(classes)}")
@@ -221,33 +250,44 @@ def _read_folder(path: Path, layout: str | None, config: Settings) -> Foreign:
     if layout is None:
         classes = [kind.diffusers for kind in LAYOUTS.values() if kind.diffusers]
         raise ValueError(f"{path / CONFIG}: class {name!r} is unknown; sfumato reads {', '.join(classes)}")
+    state = _folder_weights(path)
+    layout = _of_class(LAYOUTS[layout].diffusers, state) or layout
     known = LAYOUTS[layout].parts[0].known
     given = {k: v for k, v in told.items() if k in known} | dict(config)
-    return _read_state(_folder_weights(path), layout, given, path)
+    return _read_state(state, layout, given, path)
 
 
-def _of_class(name: str) -> str | None:
-    return next((layout for layout, kind in LAYOUTS.items() if kind.diffusers == name), None)
+def _of_class(name: str, state: Mapping[str, Tensor] | None = None) -> str | None:
+    """A layout of a class that folders name; of several the one that the tensors have."""
+    kinds = [layout for layout, kind in LAYOUTS.items() if kind.diffusers == name]
+    shapes = {n: tuple(v.shape) for n, v in (state or {}).items()}
+    return next((kind for kind in kinds if LAYOUTS[kind].fits(shapes)), kinds[0] if kinds else None)
 
 
 def _folder_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder, in one file or in shards."""
+    """The tensors of a diffusers folder, in one file or in shards; half precision if there is no other."""
     for stem in WEIGHTS:
-        index = path / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_safetensors(path / Path(shard).name).items()}
-        for ending in (".safetensors", ".bin"):
+        for index in (path / f"{stem}.safetensors.{name}" for name in SHARDED):
+            if index.is_file():
+                shards = sorted({path / Path(name).name for name in read_json(index)["weight_map"].values()})
+                return {k: v for shard in shards for k, v in read_safetensors(shard).items()}
+        for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
             if (path / f"{stem}{ending}").is_file():
                 return _tensors(read_weights(path / f"{stem}{ending}"), path)
     raise ValueError(f"{path} has a {CONFIG} but no {WEIGHTS[0]}.safetensors; {COPY_AGAIN}")
 
 
 def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
-    """The tokenizer of a file with a text tower, which lies beside it or in a folder of that name."""
-    pad = LAYOUTS[next(iter(found.layouts.values()))].pad
-    places = [p for p in (folder / "tokenizer", folder) if pad and (p / "merges.txt").is_file()]
-    return {"tokenizer": clip_tokenizer(places[0], pad)} if places else {}
+    """The tokenizers of a file with text towers: a vocabulary beside it, or that of an installed package."""
+    kind, places = LAYOUTS[next(iter(found.layouts.values()))], [folder / "tokenizer", folder]
+    if kind.vocabulary == "gpt2":
+        told: Any = found.settings["text"]
+        gpt2 = glide_tokenizer(Path(told["tokenizer"]) if told["tokenizer"] else places, told["text_ctx"])
+        return {} if gpt2 is None else {"tokenizer": gpt2}
+    length: Any = found.settings["clip_text"]["max_text_len"] if kind.vocabulary == "clip" else None
+    pads = kind.pads or ({"tokenizer": ""} if kind.vocabulary == "clip" else {})
+    place = clip_vocabulary(places) if pads else None
+    return {} if place is None else {name: clip_tokenizer(place, pad, length) for name, pad in pads.items()}
 
 
 def _unwrapped(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -268,7 +308,8 @@ def _tensors(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, v in content.items():
         if not isinstance(v, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(v).__name__}; expected names of tensors")
+            hint = looks_like(content) or "expected names of tensors"
+            raise ValueError(f"{path}: {name!r} is a {type(v).__name__}; {hint}")
         state[name] = v
     return state
 
@@ -277,16 +318,30 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     """The nets of a state whose parameters are still as the file has them."""
     name = _layout(state, layout, path)
     kind = LAYOUTS[name]
-    config = {**kind.files.get(path.stem, {}), **config}
+    marked = {k: v for mark, said in kind.markers.items() if mark in state for k, v in said.items()}
+    config = {**kind.files.get(path.stem, {}), **marked, **config}
+    averages = config.get("use_ema", False)
+    config = {k: v for k, v in config.items() if k != "use_ema"}
     found = Foreign({}, {}, {})
-    for part in kind.parts:
+    prefixed = any(n.startswith(part.prefix) for part in kind.parts for n in state)
+    for part in kind.parts if prefixed else [replace(part, prefix="") for part in kind.parts]:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}
+        if averages and part.name == "net":
+            own = {n: _average(state, part.prefix + n, path) for n in own}
         own = {part.renamed(n): v for n, v in own.items()}
         of_all = part.name == "net" or len(kind.parts) == 1
         given = config if of_all else {k: v for k, v in config.items() if k in part.known}
         net, settings = _read_part(part, own, given, path)
         found += Foreign({part.name: net}, {part.name: name}, {part.name: settings})
     return found
+
+
+def _average(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """The running average of a parameter. Raises: ValueError if the file has none."""
+    short = AVERAGES + name.removeprefix("model.").replace(".", "")
+    if short not in state:
+        raise ValueError(f"{path} has no averages of its net (no tensor {short!r}); leave out use_ema")
+    return state[short]
 
 
 def _read_part(
@@ -324,6 +379,5 @@ def _layout(state: Mapping[str, Tensor], wanted: str | None, path: Path) -> str:
         if kind.fits(shapes):
             return name
     first = ", ".join(map(repr, list(state)[:2])) or "none"
-    raise ValueError(
-        f"{path}: its tensors ({first}, ...) are of no known layout; allowed: {', '.join(LAYOUTS)}"
-    )
+    hint = looks_like(state) or f"allowed: {', '.join(LAYOUTS)}"
+    raise ValueError(f"{path}: its tensors ({first}, ...) are of no known layout; {hint}")

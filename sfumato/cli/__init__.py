@@ -6,7 +6,10 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
 
 from sfumato import __version__
 from sfumato.core.registry import unknown
@@ -33,6 +36,13 @@ def rerun(args: list[str]) -> int:
 def reconstruct(args: list[str]) -> int:
     """Send a picture through a system's codec and back."""
     from sfumato.cli.pictures import reconstruct as verb
+
+    return verb(args)
+
+
+def algebra(args: list[str]) -> int:
+    """Vary, mix and move pictures in the space of CLIP."""
+    from sfumato.cli.algebra import algebra as verb
 
     return verb(args)
 
@@ -97,6 +107,7 @@ VERBS: dict[str, Verb] = {
     "generate": generate,
     "rerun": rerun,
     "reconstruct": reconstruct,
+    "algebra": algebra,
     "info": info,
     "data": data,
     "train": train,
@@ -117,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _notice
+            return _dispatch(args)
     except SystemExit as stop:  # how the flag parser ends after --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -132,6 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         return _report(ValueError("not enough memory; ask for a smaller --size, or choose another --device"))
+
+
+def _notice(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What the package itself has to say takes one line; the warnings of others stay as they are."""
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    said = f"sfumato: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
+    (file or sys.stderr).write(said)
 
 
 def _dispatch(args: list[str]) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from sfumato import __version__
+from sfumato.cli.editing import Edit
 from sfumato.core.config import from_json, to_json
 from sfumato.core.png import PARAMETERS, encode_png, parameters
+from sfumato.core.types import Reading
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import Request
 from sfumato.systems.stage import Observer
 from sfumato.systems.system import System
 
@@ -40,8 +43,11 @@ class Drawing:
     """Everything but the system itself.
 
     Attributes:
+        label: class; None = none.
         size: (height, width).
         options: by stage, nothing left to defaults.
+        reading: see Inputs.
+        edit: the pictures that it is drawn from.
     """
 
     prompt: str
@@ -49,22 +55,38 @@ class Drawing:
     seed: int
     size: tuple[int, int]
     options: Mapping[str, SampleOptions]
+    reading: Reading | None = None
+    label: int | str | None = None
+    edit: Edit = field(default_factory=Edit)
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
-        return sum(options.steps for options in self.options.values())
+        """Of all stages and passes."""
+        return sum(options.steps for options in self.options.values()) * (1 + (self.edit.enlarge > 1))
 
-    def draw(self, system: System, observe: Observer | None = None) -> Image.Image:
+    def draw(
+        self, system: System, observe: Observer | None = None, hints: list[Image.Image] | None = None
+    ) -> Image.Image:
         """The picture. It is made alone, for in a batch of another size it could round differently."""
-        return system.generate(
-            [self.prompt],
-            negative=self.negative,
-            seed=self.seed,
-            size=self.size,
-            options=self.options,
-            observe=observe,
-        )[0]
+        # SDXL takes no negative prompt for another thing than an empty one.
+        common: Request = {"negative": self.negative} if self.negative else {}
+        common |= {"reading": self.reading} if self.reading else {}
+        common |= {} if self.label is None else {"label": [self.label]}
+        common |= {"hint": hints} if hints else {}
+        common |= {"options": self.options}
+        told = self.edit.request()
+        enlarge, strength = self.edit.enlarge, told.get("strength", 0.5)
+        if enlarge > 1:
+            told.pop("strength", None)  # it is that of the second pass
+        image = self._pass(system, {**common, **told, "size": self.size}, observe)
+        if enlarge == 1:
+            return image
+        height, width = (round(side * enlarge / system.factor) * system.factor for side in self.size)
+        second: Request = {**common, "size": (height, width), "image": image, "strength": strength}
+        return self._pass(system, second, observe)
+
+    def _pass(self, system: System, request: Request, observe: Observer | None) -> Image.Image:
+        return system.generate([self.prompt], seed=self.seed, observe=observe, **request)[0]
 
 
 def record_of(drawing: Drawing, system: System) -> dict[str, object]:

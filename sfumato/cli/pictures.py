@@ -8,21 +8,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from sfumato.cli.additions import Additions, hints_of, opened
+from sfumato.cli.editing import Edit, EditFlags, tile_for
 from sfumato.cli.output import check_writable, paths_for
 from sfumato.cli.parsing import parse, size_of
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from sfumato.cli.drawing import Drawing
     from sfumato.core.world import World
+    from sfumato.systems.request import Request
     from sfumato.systems.system import System
 
 __all__ = ["generate", "reconstruct", "rerun"]
@@ -32,7 +34,7 @@ DIFFERENT = 1  # exit code of a rerun that did not give the same file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(Additions):
     """Draw pictures of a prompt.
 
     Writes PNG files that carry how they were made, and prints their paths.
@@ -42,6 +44,8 @@ class Generate:
     """What to draw; "" draws without a prompt."""
     negative: str = ""
     """What to keep away from."""
+    label: int | None = None
+    """Class, for systems that are told one or guided to one."""
     seed: int = 0
     """Of the first picture; the next ones use the following numbers."""
     n: int = 1
@@ -51,9 +55,16 @@ class Generate:
     sampler: str | None = None
     """euler, heun, dpmpp_2m, ddim ..."""
     guidance: float | None = None
-    """How closely to follow the prompt; 1 = not amplified."""
+    """How closely to follow the prompt, or the guide; 1 = not amplified."""
     size: str | None = None
     """Side, or WIDTHxHEIGHT, in pixels."""
+    prompt_weights: bool = False
+    """Let (word:1.3), (word) and [word] count more or less, where CLIP reads the prompt."""
+    prompt_chunks: int = 1
+    """How many times 75 tokens CLIP reads; what is longer is cut, and said."""
+    clip_skip: int = 0
+    """Blocks of CLIP to leave out at the end; 1 here is 2 where the layer is counted."""
+    edit: Annotated[EditFlags, arg(name="")] = field(default_factory=EditFlags)
     out: Path | None = None
     """File that ends in .png, or folder; by default out/PROMPT-SEED.png. Files there are replaced."""
     grid: bool = False
@@ -62,16 +73,12 @@ class Generate:
     """Print JSON instead of paths."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
-    adapter: Path | None = None
-    """adapter.safetensors of a run on this system."""
-    adapter_scale: float = 1.0
-    """How strongly the adapter acts; 1 = as trained."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rerun:
+class Rerun(Additions):
     """Draw a picture again from what its file says, and compare.
 
     Exit code 0 if the new file has the same bytes, 1 if not.
@@ -85,10 +92,6 @@ class Rerun:
     """Print JSON."""
     system: Path | None = None
     """Folder of the system; by default the one that comes with sfumato."""
-    adapter: Path | None = None
-    """adapter.safetensors of a run on this system."""
-    adapter_scale: float = 1.0
-    """How strongly the adapter acts; 1 = as trained."""
     device: str = "auto"
     """cpu, cuda ...; auto takes an accelerator if there is one."""
 
@@ -131,11 +134,10 @@ def _generate(flags: Generate, world: World) -> int:
     for path in (*paths, *([sheet] if sheet else [])):
         check_writable(path)
     started = time.perf_counter()
-    system = world.agree(
-        lambda: _load(flags.system, world.device(flags.device), flags.adapter, flags.adapter_scale)
-    )
+    system = world.agree(lambda: opened(flags, flags.system, world.device(flags.device)))
+    hints = hints_of(flags)
     drawings = _drawings(flags, system, size, seeds)
-    images = _draw_all(system, drawings, paths, world, show=None if flags.json else _print_path)
+    images = _draw_all(system, drawings, paths, world, hints=hints, show=None if flags.json else _print_path)
     if not world.leads:
         return 0
     if sheet is not None:
@@ -168,10 +170,10 @@ def rerun(args: list[str]) -> int:
     record = read_record(flags.image)
     drawing = drawing_of(record, flags.image)
     check_writable(out)
-    system = _load(flags.system, flags.device, flags.adapter, flags.adapter_scale)
+    system = opened(flags, flags.system, flags.device)
     _compare_systems(flags.image, record.get("system"), system)
     with _progress(drawing.steps) as observe:
-        image = drawing.draw(system, observe)
+        image = drawing.draw(system, observe, hints_of(flags))
     old, new = flags.image.read_bytes(), encoded(image, drawing, system)
     verdict = "same bytes" if old == new else _difference(flags.image, image)
     write_whole(out, new)
@@ -184,6 +186,7 @@ def rerun(args: list[str]) -> int:
 
 def reconstruct(args: list[str]) -> int:
     """`sfumato reconstruct`."""
+    from sfumato.api import load as load_system
     from sfumato.core.image import center_crop, load
     from sfumato.core.png import save_png
 
@@ -192,7 +195,7 @@ def reconstruct(args: list[str]) -> int:
     out = flags.out or Path("out") / f"{flags.image.stem}-reconstruction.png"
     check_writable(out)
     original = load(flags.image)
-    system = _load(flags.system, flags.device)
+    system = load_system(flags.system, device=flags.device)
     image = system.reconstruct(original, size=size)
     psnr = _psnr(center_crop(original, (image.height, image.width)), image)
     save_png(out, image, text=system.about.notice)
@@ -203,14 +206,6 @@ def reconstruct(args: list[str]) -> int:
     return 0
 
 
-def _load(
-    path: Path | None, device: str | torch.device, adapter: Path | None = None, scale: float = 1.0
-) -> System:
-    from sfumato.api import load
-
-    return load(path, device=device, adapter=adapter, adapter_scale=scale)
-
-
 def _print_path(path: Path) -> None:
     print(path, flush=True)
 
@@ -219,14 +214,38 @@ def _drawings(
     flags: Generate, system: System, size: tuple[int, int] | None, seeds: list[int]
 ) -> list[Drawing]:
     from sfumato.cli.drawing import Drawing
+    from sfumato.core.types import Reading
+    from sfumato.systems.start import Inverted
 
-    asked = {name: v for name in ("steps", "sampler", "guidance") if (v := getattr(flags, name)) is not None}
+    asked: Request = {}
+    for name in ("steps", "sampler", "guidance"):
+        if (value := getattr(flags, name)) is not None:
+            asked[name] = value  # type: ignore[literal-required]
+    edit = Edit.of(flags.edit)
+    told = edit.request()
+    if flags.edit.invert is not None:
+        asked = {"sampler": "ddim", "start": Inverted(flags.edit.invert), **asked}
+    final = size or edit.size(system, told) or system.size
+    if final is not None:
+        largest = (round(final[0] * edit.enlarge), round(final[1] * edit.enlarge))
+        asked["tile"] = tile_for(system, largest, flags.edit.tile)
+    asked |= told
     options = system.resolve(**asked)
-    final = size or system.size
+    reading = Reading(weights=flags.prompt_weights, chunks=flags.prompt_chunks, skip=flags.clip_skip)
+    own = reading == Reading()  # then the system's settings decide
     if final is None:
         raise ValueError(f"system {system.about.name!r} makes no pictures; choose another with --system")
     return [
-        Drawing(prompt=flags.prompt, negative=flags.negative, seed=seed, size=final, options=options)
+        Drawing(
+            prompt=flags.prompt,
+            negative=flags.negative,
+            label=flags.label,
+            seed=seed,
+            size=final,
+            options=options,
+            reading=None if own else reading,
+            edit=edit,
+        )
         for seed in seeds
     ]
 
@@ -236,6 +255,7 @@ def _draw_all(
     drawings: list[Drawing],
     paths: list[Path],
     world: World,
+    hints: list[Image.Image] | None,
     show: Callable[[Path], None] | None,
 ) -> list[Image.Image]:
     """Draw and write one picture after the other, so that what is done stays if the rest is interrupted."""
@@ -245,7 +265,7 @@ def _draw_all(
     images, mine = [], world.share(len(drawings))
     with _progress(sum(drawings[i].steps for i in mine)) as observe:
         for i in mine:
-            image = drawings[i].draw(system, observe)
+            image = drawings[i].draw(system, observe, hints)
             write_whole(paths[i], encoded(image, drawings[i], system))
             images.append(image)
             if show is not None:

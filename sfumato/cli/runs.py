@@ -39,7 +39,8 @@ class Flags:
 def train(args: list[str]) -> int:
     """`sfumato train RECIPE`; 75 after SIGTERM and 130 after Ctrl-C, when the same command goes on."""
     if not args or args[0] in ("-h", "--help"):
-        rows = [f"  {name:<22}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
+        width = max(map(len, RECIPES)) + 2
+        rows = [f"  {name:<{width}}{(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()]
         usage = "usage: sfumato train RECIPE --data.path DIR ..."
         print("\n".join([usage, "", *rows, "", "All settings of one: sfumato train RECIPE --help"]))
         return 0

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
 
@@ -45,7 +47,7 @@ class Unconditional:
 
 @dataclass(frozen=True)
 class Merged:
-    """Several conditioners, each of which fills fields of its own."""
+    """Several conditioners, each of which fills fields of its own; `concat` takes the channels of all."""
 
     parts: tuple[Conditioner, ...]
 
@@ -54,6 +56,9 @@ class Merged:
         cond = Conditioning()
         for part in self.parts:
             fields: dict[str, Any] = dict(part(inputs, noise).items())
+            if cond.concat is not None and "concat" in fields:
+                more = fields.pop("concat").to(cond.concat)
+                cond = replace(cond, concat=torch.cat([cond.concat, more], dim=1))
             if twice := sorted(fields.keys() & dict(cond.items()).keys()):
                 raise ValueError(f"two conditioners of one stage fill {', '.join(twice)}; keep one of them")
             cond = replace(cond, **fields)

@@ -14,15 +14,25 @@ __all__ = ["LabelCond"]
 
 @dataclass(frozen=True)
 class LabelCond:
-    """A class in 0..num_classes - 1; num_classes itself is the null class."""
+    """A class in 0..num_classes - 1; num_classes itself is the null class.
+
+    Attributes:
+        has_null: whether the network knows the null class; ADM's do not.
+    """
 
     num_classes: int
+    has_null: bool = True
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Field label; without labels all pictures are unconditional.
 
         Raises: ValueError for a class outside the range, or if there is not one label per picture.
         """
+        if inputs.label is None and not self.has_null:
+            raise ValueError(
+                f"this network is always told a class: give label, from 0 to {self.num_classes - 1}, for "
+                f"each of {inputs.n} pictures"
+            )
         if inputs.label is None:
             return Conditioning(label=torch.full((inputs.n,), self.num_classes, dtype=torch.long))
         label = inputs.label
@@ -35,6 +45,8 @@ class LabelCond:
         return Conditioning(label=label.long())
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
-        """The null class for every picture."""
+        """The null class for every picture; `cond` itself if there is none."""
+        if not self.has_null:
+            return cond
         assert cond.label is not None
         return replace(cond, label=torch.full_like(cond.label, self.num_classes))

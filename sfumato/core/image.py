@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -23,6 +24,8 @@ __all__ = [
     "contents",
     "cover",
     "decode",
+    "edges",
+    "extended",
     "from_pil",
     "grid",
     "load",
@@ -39,6 +42,7 @@ EXTENSIONS = frozenset(
 )
 """Lower-case file endings that count as pictures."""
 
+BOMB = "it has more than 178 million pixels, or claims so to fill the memory; make it smaller"
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # EXIF tag; 5 and more exchange height and width
 
@@ -47,6 +51,22 @@ class PictureFile(Protocol):
     """A file on disk (a `Path`) or within an archive; `str` names it in messages."""
 
     def read_bytes(self) -> bytes: ...
+
+
+def edges(image: Tensor, threshold: float = 0.25) -> Tensor:
+    """White edges on black: where the gradient of the brightness (Sobel) exceeds a threshold.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        threshold: per pixel; from black to white is 2.
+
+    Returns: (B, 3, H, W), -1 or 1.
+    """
+    gray = F.pad(image.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = gray.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    steep = F.conv2d(gray, kernels).square().sum(1, keepdim=True).sqrt() > threshold
+    return (2 * steep.to(image) - 1).expand_as(image)
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -150,6 +170,8 @@ def decode(data: bytes, *, name: str = "picture") -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"cannot read the picture {name}: {BOMB}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot read the picture {name}: not a picture of a known format") from None
     except Exception as error:  # Pillow raises a dozen types on damaged files, SyntaxError among them
@@ -209,6 +231,19 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     image = cover(image, size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def extended(image: Image.Image, sides: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+    """A larger canvas for outpainting, and a mask that is white where it is new.
+
+    Args:
+        sides: pixels beyond the left, top, right and bottom; they repeat the picture's borders.
+    """
+    left, top, right, bottom = sides
+    around = ((top, bottom), (left, right))
+    canvas = np.pad(np.asarray(image.convert("RGB")), (*around, (0, 0)), mode="edge")
+    mask = np.pad(np.zeros((image.height, image.width), np.uint8), around, constant_values=255)
+    return Image.fromarray(canvas), Image.fromarray(mask)
 
 
 def grid(images: Tensor, *, columns: int | None = None, gap: int = 2, background: int = 255) -> Tensor:

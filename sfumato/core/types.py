@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Denoised", "Inputs", "KeysValues", "Level", "expand"]
+__all__ = ["Conditioning", "Denoised", "Inputs", "KeysValues", "Level", "Reading", "expand"]
 
+WHOLE = ("size", "original_size", "crop", "target_size")  # fields of Inputs that all pictures share
 KeysValues = tuple[
     tuple[Tensor, Tensor], ...
 ]  # one (keys, values) pair per attention layer that reads the tokens
@@ -65,10 +66,14 @@ class Conditioning:
     """(B, K) raw numbers: size, crop, target size, aesthetic score."""
     concat: Tensor | None = None
     """(B, C', H, W) channels that the Denoiser appends to x_t."""
+    guidance: Tensor | None = None
+    """(B,) w = scale - 1 of the guidance that a distilled network has learned."""
     aug: Tensor | None = None
     """(B,) noise-augmentation level of `concat` or `image_embed`."""
     hint: Tensor | None = None
-    """(B, K, H, W) ControlNet picture(s) at pixel resolution."""
+    """(B, K, H, W) ControlNet picture(s) in [0, 1] at pixel resolution, side by side in the channels."""
+    control: Tensor | None = None
+    """(B, n) how much each ControlNet acts on each row; None = all fully."""
     kv: KeysValues | None = None
     """Keys and values of `tokens` for each attention layer that reads them, from the net's `prepare`."""
 
@@ -121,6 +126,30 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How CLIP's text towers read a prompt.
+
+    Attributes:
+        weights: "(word)" counts 1.1, "(word:1.3)" as much as it says, "[word]" 1 / 1.1; False = these are
+            letters like any other.
+        chunks: pieces of 75 tokens that are read, each by itself; what is longer is cut.
+        skip: blocks that are left out at the end of each tower, beyond those that the system leaves out;
+            diffusers' clip_skip. Others count the layer itself: their 1 is 0 here, their 2 is 1.
+
+    Raises: ValueError for fewer than one chunk, or fewer than no blocks.
+    """
+
+    weights: bool = False
+    chunks: int = 1
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("chunks", self.chunks, 1), ("skip", self.skip, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} of a prompt is {value!r}; allowed: a whole number from {least} on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """What a user or a data set supplies to a system, and what its stages hand on; images in [-1, 1]."""
 
@@ -132,7 +161,15 @@ class Inputs:
     """(n,) int64."""
     size: tuple[int, int] | None = None
     """(height, width) in pixels of the result; None = the system's own."""
+    reading: Reading | None = None
+    """How prompts are read; None = as the system's settings say."""
+    original_size: tuple[int, int] | None = None
+    """(height, width) that SDXL takes the picture to have had; None = `size`, as for target_size."""
+    crop: tuple[int, int] = (0, 0)
+    """(top, left) that SDXL takes to have been cut off."""
+    target_size: tuple[int, int] | None = None
     aesthetic: float | None = None
+    """Score that SDXL's refiner is told; None = its 6."""
     image: Tensor | None = None
     """(n, 3, H, W): the picture to edit."""
     mask: Tensor | None = None
@@ -140,8 +177,11 @@ class Inputs:
     strength: float = 1.0
     """How much of the walk an edit repeats, in (0, 1]."""
     hint: Tensor | None = None
+    """(n, K, H, W): what ControlNets read, side by side in the channels; or how near things are."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
+    aug: Tensor | None = None
+    """(n,) in [0, 1]: noise on `low_res`, or on the embedding of `image`; None = the stage's own level."""
     image_embed: Tensor | None = None
     latent: Tensor | None = None
 
@@ -152,6 +192,6 @@ class Inputs:
             value = getattr(self, one.name)
             if isinstance(value, Tensor):
                 cut[one.name] = value[list(chosen)]
-            elif isinstance(value, list | tuple) and one.name != "size":
+            elif isinstance(value, list | tuple) and one.name not in WHOLE:
                 cut[one.name] = [value[i] for i in chosen]
         return replace(self, n=len(chosen), **cut)

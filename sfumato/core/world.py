@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,13 @@ class World:
         parts = torch.split(self.sum(flat) / self.size, [value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
+    def joined(self, rows: Tensor) -> Tensor:
+        """The rows (n, ...) of all processes in the order of their ranks, with gradients to all of them."""
+        if self.size == 1:
+            return rows
+        whole: Tensor = _Joined.apply(rows, self)  # type: ignore[no-untyped-call]
+        return whole
+
     def most(self, value: int) -> int:
         """The largest value that a process has."""
         if self.size == 1:
@@ -203,6 +210,25 @@ class World:
                 "own output may say why, and --trainer.timeout how long to wait"
             )
         return _agreed(ValueError(text)) if min(present) == self.rank else Echo(text)
+
+
+class _Joined(torch.autograd.Function):
+    """Rows of all processes; the gradient of a row is the sum of what they all make of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        with world.watched():
+            dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        world, grad = ctx.world, grads[0].contiguous()
+        with world.watched():
+            dist.all_reduce(grad)
+        return grad[world.rank * ctx.rows :][: ctx.rows], None
 
 
 ALONE = World()

@@ -8,7 +8,7 @@ thresholded again, as in ADM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -42,10 +42,14 @@ class Threshold(Protocol):
 class Static:
     """Clamp x0 to [-limit, limit]: 1 for pictures, 10 for Karlo's image embeddings.
 
+    Attributes:
+        keep_eps: leave eps as the network said it (diffusers' DDIM); else it follows x0 (guided-diffusion).
+
     Raises: ValueError if the limit is not positive.
     """
 
     limit: float = 1.0
+    keep_eps: bool = False
     kind: Literal["static"] = "static"
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class Dynamic:
         return x0.clamp(-bound, bound) / bound
 
 
-ThresholdConfig = Annotated[Static | Dynamic, Field(discriminator="kind")]
+ThresholdConfig = Annotated[Static | Dynamic | None, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,12 @@ class Known:
 
 
 def thresholded(fn: DenoiseFn, threshold: Threshold) -> DenoiseFn:
-    """Bound the x0 of `fn`; eps follows, so that DDIM and DDPM see the same x0."""
+    """Bound the x0 of `fn`; eps follows, so that DDIM and DDPM see the same x0, unless it is to be kept."""
 
     def bounded(x_t: Tensor, level: Level) -> Denoised:
         denoised = fn(x_t, level)
+        if isinstance(threshold, Static) and threshold.keep_eps:
+            return replace(denoised, x0=threshold(denoised.x0))
         return rebuild(x_t, level, denoised, x0=threshold(denoised.x0))
 
     return bounded

@@ -23,7 +23,8 @@ class Net(Protocol):
     """A network: (B, C_in, ...), (B,), conditioning -> (B, C, ...), or (B, 2C, ...) with a learned variance.
 
     It must not change its arguments. It may also offer `prepare(cond) -> cond`, which computes once what
-    depends on neither x_t nor t, and `plan(times) -> Net`, the net for a walk over these times.
+    depends on neither x_t nor t, and `plan(times) -> Net`, the net for a walk over these times: the last is
+    where it ends, NaN if that is no time of the schedule.
     """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
@@ -67,7 +68,7 @@ class Denoiser:
     def planned(self, grid: Grid) -> Denoiser:
         """The denoiser for one walk, whose net may compute ahead what depends on its times alone."""
         plan = getattr(self.net, "plan", None)
-        return self if plan is None else replace(self, net=plan(grid.t[~grid.t.isnan()]))
+        return self if plan is None else replace(self, net=plan(grid.t))
 
     def raw(self, x_t: Tensor, level: Level, cond: Conditioning) -> NetOutput:
         """The network's output F in the dtype of x_t, its variance half split off.

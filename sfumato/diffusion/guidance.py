@@ -8,7 +8,7 @@ published rule for any parameterization.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -19,7 +19,16 @@ from sfumato.core.types import Conditioning, Denoised, Level, expand
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
 from sfumato.diffusion.parameterization import Parameterization, target
 
-__all__ = ["CFG", "AutoGuidance", "Guidance", "GuidanceConfig", "InstructPix2Pix", "noise_fraction"]
+__all__ = [
+    "CFG",
+    "AutoGuidance",
+    "Embedded",
+    "Guidance",
+    "GuidanceConfig",
+    "Guided",
+    "InstructPix2Pix",
+    "noise_fraction",
+]
 
 Interval = tuple[float, float]
 """(low, high]: where guidance acts, in fractions sigma / (alpha + sigma) from 0 = clean to 1 = noise."""
@@ -71,6 +80,12 @@ class CFG:
         """See Guidance."""
         if self.scale == 1:
             return _conditional(denoiser, cond)
+        told, left = dict(cond.items()), dict(null.items())
+        if told and all(left.get(name) is v for name, v in told.items()):
+            raise ValueError(
+                f"classifier-free guidance {self.scale:g} needs something to leave out, and this network is "
+                "told nothing that it can do without; set guidance 1, or guide it by a classifier"
+            )
         both = denoiser.prepare(Conditioning.cat([cond, null]))
         alone = both.map(lambda v: v[: len(v) // 2])
 
@@ -94,6 +109,26 @@ class CFG:
         weight = expand(torch.as_tensor(scale, dtype=torch.float64), x_t)
         among = torch.arange(x_t.shape[1], device=x_t.device) < self.channels
         return torch.where(among.reshape(1, -1, *[1] * (x_t.ndim - 2)), weight, torch.ones_like(weight))
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A scale that the network is told, having learned what guidance would do; null is never evaluated.
+
+    Luo et al. 2023 (arXiv:2310.04378), section 4.1, whose w is scale - 1.
+    """
+
+    scale: float = 8.5
+    kind: Literal["embedded"] = "embedded"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance."""
+        first = next(v for _, v in cond.items())
+        w = torch.full((len(first),), self.scale - 1, device=first.device)
+        return _conditional(denoiser, replace(cond, guidance=w))
 
 
 @dataclass(frozen=True)
@@ -169,7 +204,32 @@ class AutoGuidance:
         return guided
 
 
-GuidanceConfig = Annotated[CFG | InstructPix2Pix, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Guided:
+    """By the classifier or CLIP of the stage: scale * grad log p(y | x_t), see `score.ScoreGuidance`.
+
+    It says how strongly; the stage puts its guide in. Dhariwal & Nichol 2021 (arXiv:2105.05233).
+
+    Attributes:
+        scale: 0 = off.
+        inner: guidance of the denoiser itself.
+    """
+
+    scale: float = 1.0
+    inner: CFG = field(default_factory=CFG)
+    kind: Literal["guide"] = "guide"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """Raises: ValueError, for this is called where there is no guide."""
+        raise ValueError(
+            "this stage has no classifier or CLIP that could guide it; load the system with guide=..."
+        )
+
+
+GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix | Guided, Field(discriminator="kind")]
 """The guidances that hold numbers only and therefore serialize to JSON."""
 
 

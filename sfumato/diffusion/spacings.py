@@ -17,6 +17,7 @@ from sfumato.diffusion.grid import SPACINGS, Grid, Point
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
 __all__ = [
+    "distilled",
     "exponential",
     "karras",
     "leading",
@@ -65,6 +66,23 @@ def trailing(schedule: NoiseSchedule, steps: int, *, clean_end: bool = True) -> 
     else:
         t = _line(noisy, clean, steps + 1)[:-1]
     return _grid(schedule, t, clean_end)
+
+
+@SPACINGS("distilled")
+def distilled(schedule: NoiseSchedule, steps: int, *, original: int = 50, clean_end: bool = True) -> Grid:
+    """Of the `original` levels that a student was trained on, every (original / steps)-th from the noisiest.
+
+    Discrete schedules only. 4 steps of 50 visit 999, 759, 499, 259 (Luo et al. 2023, arXiv:2310.04378).
+
+    Raises: ValueError for more steps than the student knows.
+    """
+    table = _discrete(schedule, steps, "distilled")
+    if not steps <= original <= table.steps:
+        raise ValueError(
+            f"{steps} steps of a student that was trained on {original}; allowed: 1 to {original}"
+        )
+    chosen = torch.arange(steps, dtype=torch.float64).mul(original / steps).floor()
+    return _grid(schedule, (original - chosen) * (table.steps // original) - 1, clean_end)
 
 
 @SPACINGS("linspace")

@@ -15,7 +15,8 @@ from sfumato.checkpoints.layouts.clip import read_clip
 from sfumato.checkpoints.layouts.dinov2 import read_dinov2
 from sfumato.checkpoints.layouts.inception import FILES, read_inception
 from sfumato.evaluation.preparation import PREPARATIONS, for_clip, for_dinov2, for_inception
-from sfumato.text.clip import CLIPTokenizer
+from sfumato.text.clip import END, clip_tokenizer
+from sfumato.text.tokenizers import Tokenizer
 
 __all__ = ["FEATURES", "CLIPFeatures", "FeatureNet", "open_net"]
 
@@ -64,12 +65,12 @@ class FeatureNet:
 class CLIPFeatures(FeatureNet):
     """CLIP, which has features of texts too."""
 
-    tokenizer: CLIPTokenizer
+    tokenizer: Tokenizer
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (B, D) float32 on the CPU."""
-        ids = self.tokenizer(texts).to(next(self.net.parameters()).device)
+        ids = self.tokenizer(texts)[0].to(next(self.net.parameters()).device)
         embedding: Tensor = self.net.text(ids).embedding  # type: ignore[operator, union-attr]
         return embedding.float().cpu()
 
@@ -100,5 +101,5 @@ def open_net(name: str, given: Path | None = None, *, device: torch.device | str
     return CLIPFeatures(
         *(name, file, sha256(file), clip),
         lambda pixels: {"clip": clip.vision(for_clip(pixels, side).to(device))},
-        CLIPTokenizer(file.parent, clip.config.text.context),
+        clip_tokenizer(file.parent, END, clip.config.text.context),
     )

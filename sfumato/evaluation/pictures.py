@@ -18,6 +18,7 @@ from sfumato.data.datasets import ImageFolder
 from sfumato.data.transforms import CenterCrop
 from sfumato.evaluation.npz import read_pictures
 from sfumato.systems.conditioning import LabelConfig
+from sfumato.systems.guides import ByClassifier
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.request import Request
 from sfumato.systems.system import System
@@ -152,9 +153,12 @@ class Generated:
 
     @property
     def classes(self) -> int:
-        """How many the system knows; 0 = it is told none."""
+        """How many the system knows, or what guides it; 0 = it is told none."""
         kinds = (c for stage in self.system.config.stages for c in stage.conditioners)
-        return next((c.num_classes for c in kinds if isinstance(c, LabelConfig)), 0)
+        known = [c.num_classes for c in kinds if isinstance(c, LabelConfig)]
+        guides = (stage.guide for stage in self.system.stages)
+        known += [g.net.config.num_classes for g in guides if isinstance(g, ByClassifier)]
+        return known[0] if known else 0
 
     def __len__(self) -> int:
         return self.n

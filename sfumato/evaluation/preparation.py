@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.core.image import from_pil, to_pil
+from sfumato.nets.clip import PIXEL_MEAN, PIXEL_STD
 from sfumato.nets.inception import SIDE
 
 __all__ = ["PREPARATIONS", "Preparation", "for_clip", "for_dinov2", "for_inception", "tf_bilinear"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VIEW = 224  # side of what DINOv2 sees: FD-DINOv2 as published
 Preparation = Callable[[Tensor], Tensor]
 
@@ -52,7 +52,7 @@ def for_dinov2(pixels: Tensor) -> Tensor:
 
 def for_clip(pixels: Tensor, side: int = VIEW) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 3, side, side): the shorter side by Pillow's bicubic, then the middle."""
-    return _normalized((_middle(to_pil(p), side) for p in pixels.cpu()), OPENAI)
+    return _normalized((_middle(to_pil(p), side) for p in pixels.cpu()), (PIXEL_MEAN, PIXEL_STD))
 
 
 PREPARATIONS = {

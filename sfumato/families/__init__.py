@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, RECIPES)
+    adm,
+    ddpm,
+    deepfloyd,
     dit,
+    glide,
+    imagen,
     latent,
+    openmoji_unclip,
+    pixel,
     scenes,
+    sdxl,
     stable,
+    stable_written,
+    unclip,
 )
 from sfumato.families.assembly import ASSEMBLIES, PUBLICATIONS
 from sfumato.families.registry import RECIPES

@@ -30,13 +30,13 @@ from sfumato.systems.config import About
 from sfumato.systems.options import SampleOptions
 from sfumato.training.batches import DataConfig
 from sfumato.training.optim import OptimConfig
-from sfumato.training.recipe import Recipe
+from sfumato.training.recipe import Recipe, TaskConfig
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
 from sfumato.training.trainer import TrainerConfig
 
-__all__: list[str] = []  # everything is reached through RECIPES
+__all__ = ["ADAMW", "AUGMENTED", "OPENMOJI", "about", "toy"]  # all else is reached through RECIPES
 
 RUNS = Path("runs")
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "default"
@@ -72,7 +72,7 @@ def openmoji_perceptual() -> Recipe:
         data=AUGMENTED,
         optim=OptimConfig(lr=1e-3, lr_schedule="constant", weight_decay=0.01, clip=0.0),
         trainer=TrainerConfig(images=45_000, batch=64, ema=0.9, save_every=15_000),
-        about=_about("Perceptual features trained on caption words: a stand-in for LPIPS."),
+        about=about("Perceptual features trained on caption words: a stand-in for LPIPS."),
     )
 
 
@@ -99,7 +99,7 @@ def openmoji_autoencoder() -> Recipe:
         data=AUGMENTED,
         optim=replace(MUON, lr_schedule="cosine", warmup=800, final=0.03),
         trainer=TrainerConfig(images=50_000, batch=16, ema=0.999),
-        about=_about("KL autoencoder of 64x64 OpenMoji pictures."),
+        about=about("KL autoencoder of 64x64 OpenMoji pictures."),
     )
 
 
@@ -134,7 +134,7 @@ def openmoji_classes() -> Recipe:
         name="openmoji-classes",
         task=replace(full.task, net=net, text=None, prompts=()),
         data=replace(full.data, label="group"),
-        about=_about("Class-conditional latent diffusion on OpenMoji, 64x64."),
+        about=about("Class-conditional latent diffusion on OpenMoji, 64x64."),
     )
 
 
@@ -170,7 +170,26 @@ def openmoji_lora() -> Recipe:
         data=replace(full.data, split=None, even=None),
         optim=OptimConfig(lr=1e-3, weight_decay=0.01, lr_schedule="cosine", warmup=320),
         trainer=TrainerConfig(images=16_000, batch=16, ema=0.99, preview_every=4000, save_every=4000),
-        about=_about("Text-to-image latent diffusion on OpenMoji, 64x64, with adapters merged in."),
+        about=about("Text-to-image latent diffusion on OpenMoji, 64x64, with adapters merged in."),
+    )
+
+
+@RECIPES("openmoji-control")
+def openmoji_control() -> Recipe:
+    """A ControlNet that draws along edges, for the result of openmoji-unet; the settings are untried.
+
+    The bundled system is a DiT, which a ControlNet cannot steer: train openmoji-unet first.
+    """
+    full = openmoji_lora()
+    assert isinstance(full.task, DenoisingConfig)
+    return replace(
+        full,
+        name="openmoji-control",
+        task=replace(full.task, init=RUNS / "openmoji-unet", lora=None, control="edges"),
+        data=replace(OPENMOJI, even="concept"),
+        optim=replace(full.optim, lr=3e-4),
+        trainer=replace(full.trainer, images=64_000),
+        about=about("A ControlNet for text-to-image latent diffusion on OpenMoji: drawn along edges."),
     )
 
 
@@ -198,21 +217,23 @@ def _denoiser(name: str, net: DiTConfig | UNetConfig) -> Recipe:
         data=replace(OPENMOJI, even="concept"),
         optim=ADAMW,
         trainer=TrainerConfig(images=440_000, batch=32, ema=0.999, preview_every=50_000, save_every=25_000),
-        about=_about("Text-to-image latent diffusion on OpenMoji, 64x64."),
+        about=about("Text-to-image latent diffusion on OpenMoji, 64x64."),
     )
 
 
-def _about(summary: str) -> About:
+def about(summary: str) -> About:
+    """Of what is made from OpenMoji."""
     return About(summary=summary, license="CC-BY-SA-4.0", data="OpenMoji")
 
 
 # Twins for smoke tests: any folder of captioned pictures, seconds on one core.
 
 
-def _toy(recipe: Recipe, task: AutoencodingConfig | CaptionWordsConfig | DenoisingConfig) -> Recipe:
+def toy(recipe: Recipe, task: TaskConfig) -> Recipe:
+    """The twin of a recipe with a tiny task."""
     name = recipe.name.replace("openmoji", "toy")
     trainer = TrainerConfig(images=64, batch=4, ema=0.9, log_every=16, preview_every=32, save_every=32)
-    data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None)
+    data = replace(recipe.data, path=Path("data"), size=16, split=None, even=None, label=None)
     about = About(summary="A tiny twin for tests; its pictures mean nothing.")
     optim = replace(recipe.optim, warmup=8)
     return replace(recipe, name=name, task=task, trainer=trainer, data=data, optim=optim, about=about)
@@ -222,7 +243,7 @@ def _toy(recipe: Recipe, task: AutoencodingConfig | CaptionWordsConfig | Denoisi
 def toy_perceptual() -> Recipe:
     """Tiny twin of openmoji-perceptual."""
     net = PerceptualConfig(widths=(4, 8), convs=(1, 1))
-    return _toy(openmoji_perceptual(), CaptionWordsConfig(net=net))
+    return toy(openmoji_perceptual(), CaptionWordsConfig(net=net))
 
 
 @RECIPES("toy-autoencoder")
@@ -238,7 +259,7 @@ def toy_autoencoder() -> Recipe:
         discriminator_start=0.4,
         adversarial_start=0.5,
     )
-    return _toy(full, task)
+    return toy(full, task)
 
 
 def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig | MLPConfig) -> Recipe:
@@ -251,7 +272,7 @@ def _toy_denoiser(full: Recipe, net: DiTConfig | UNetConfig | MLPConfig) -> Reci
         sampling=replace(SAMPLING, steps=2),
         prompts=(),
     )
-    return _toy(full, task)
+    return toy(full, task)
 
 
 @RECIPES("toy-dit")
@@ -305,4 +326,12 @@ def toy_lora() -> Recipe:
     task = replace(
         full.task, init=RUNS / "toy-dit", lora=LoraConfig(rank=2), sampling=replace(SAMPLING, steps=2)
     )
-    return _toy(full, task)
+    return toy(full, task)
+
+
+@RECIPES("toy-control")
+def toy_control() -> Recipe:
+    """Tiny twin of openmoji-control, on the result of toy-unet."""
+    full = openmoji_control()
+    assert isinstance(full.task, DenoisingConfig)
+    return toy(full, replace(full.task, init=RUNS / "toy-unet", sampling=replace(SAMPLING, steps=2)))

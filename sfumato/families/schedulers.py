@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.core.registry import unknown
-from sfumato.diffusion.constraints import Static
+from sfumato.diffusion.constraints import Dynamic, Static, ThresholdConfig
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.schedules import Discrete, ScheduleConfig
 from sfumato.systems.config import StageConfig
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.start import FromNoise
 
 __all__ = ["Sampling", "ddim_config", "sampling_of"]
 
 FORMULAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+VARIANCES = {"fixed_small": "small", "fixed_large": "large"}
 SAMPLERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -24,11 +26,15 @@ SAMPLERS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "HeunDiscreteScheduler": "heun",
+    "LCMScheduler": "lcm",
     "PNDMScheduler": "plms",
     "UniPCMultistepScheduler": "unipc",
 }
 """Class of diffusers -> our sampler."""
 DROPPING = ("dpmpp_2m", "unipc")  # lay out one step more than they take
+KARRAS = ("euler", "euler_ancestral", "heun")  # take times that are no whole numbers
+CLIPPING = ("ddim", "ddpm", "lcm")
+CLEAN_END = ("ddim", "plms")  # end where set_alpha_to_one says; the files of others say it, too
 
 
 @dataclass(frozen=True)
@@ -64,25 +70,41 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
     )
     spacing = config.get("timestep_spacing", "leading" if sampler in ("ddim", "ddpm", "plms") else "linspace")
     knobs: dict[str, bool | int | float | str | None] = {}
+    if sampler == "lcm":
+        spacing, knobs["original"] = "distilled", int(config.get("original_inference_steps", 50))
+    if sampler in KARRAS and spacing == "linspace":
+        knobs["rounding"] = False
     if spacing == "leading" and config.get("steps_offset"):
         knobs["offset"] = int(config["steps_offset"])
     if sampler in DROPPING and spacing != "trailing":
         knobs["drop_last"] = True
-    if not config.get("set_alpha_to_one", True):
+    if sampler in CLEAN_END and not config.get("set_alpha_to_one", True):
         knobs["clean_end"] = False
-    clips = config.get("clip_sample", sampler in ("ddim", "ddpm"))
+    variance = str(config.get("variance_type", "fixed_small")).removesuffix("_log")
+    if sampler == "ddpm" and variance != "learned_range":
+        variance = _known("variance_type", VARIANCES, variance)
+    clips = sampler in CLIPPING and config.get("clip_sample", sampler != "lcm")
     return Sampling(
         schedule,
         _known("prediction_type", PREDICTIONS, config.get("prediction_type", "epsilon")),
         SampleOptions(
             sampler=sampler,
+            knobs={"variance": "large"} if sampler == "ddpm" and variance == "large" else {},
             steps=steps,
             spacing=str(spacing),
             spacing_knobs=knobs,
             guidance=guidance,
-            threshold=Static(float(config.get("clip_sample_range", 1.0))) if clips else None,
+            start=FromNoise("sigma" if sampler in KARRAS and spacing != "leading" else "unit"),
+            threshold=_threshold(config, clips=bool(clips)),
         ),
     )
+
+
+def _threshold(config: Mapping[str, Any], *, clips: bool) -> ThresholdConfig | None:
+    if config.get("thresholding"):
+        ratio, most = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+        return Dynamic(float(ratio), float(most))
+    return Static(float(config.get("clip_sample_range", 1.0)), keep_eps=True) if clips else None
 
 
 def ddim_config(stage: StageConfig) -> dict[str, object]:
@@ -98,7 +120,7 @@ def ddim_config(stage: StageConfig) -> dict[str, object]:
         "formula", formulas, schedule.formula
     )
     options = stage.defaults
-    leading = options.spacing == "leading"
+    leading, original = options.spacing == "leading", options.spacing_knobs.get("original")
     start, end = (schedule.start, schedule.end) if schedule.start is not None else _ends(schedule)
     return {
         "_class_name": "DDIMScheduler",
@@ -113,6 +135,7 @@ def ddim_config(stage: StageConfig) -> dict[str, object]:
         "steps_offset": options.spacing_knobs.get("offset", 0) if leading else 0,
         "set_alpha_to_one": bool(options.spacing_knobs.get("clean_end", True)),
         "clip_sample": isinstance(options.threshold, Static),
+        **({"original_inference_steps": original} if original else {}),
         "clip_sample_range": options.threshold.limit if isinstance(options.threshold, Static) else 1.0,
     }
 

@@ -46,6 +46,8 @@ class BlockConfig:
         norm_eps: epsilon of every GroupNorm outside a spatial transformer, whose epsilon is 1e-6.
         dropout: probability, before the second convolution.
         residual_scale: factor of (skip + branch): 1, or sqrt(1/2) for Imagen-like nets.
+        skip_scale: factor of what the descending half hands to the ascending one: 1, or sqrt(1/2) in Imagen's
+            Efficient U-Net.
     """
 
     film: bool = False
@@ -55,6 +57,7 @@ class BlockConfig:
     norm_eps: float = 1e-5
     dropout: float = 0.0
     residual_scale: float = 1.0
+    skip_scale: float = 1.0
 
 
 class Context(NamedTuple):

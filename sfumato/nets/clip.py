@@ -6,12 +6,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.nets.encoder import EncoderBlock
 from sfumato.nets.transformer import FeedForward
 
-__all__ = ["CLIP", "CLIPConfig", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "TextStates"]
+__all__ = [
+    "CLIP",
+    "PIXEL_MEAN",
+    "PIXEL_STD",
+    "CLIPConfig",
+    "CLIPText",
+    "CLIPTextConfig",
+    "CLIPVision",
+    "CLIPVisionConfig",
+    "EmbeddingMoments",
+    "EmbeddingMomentsConfig",
+    "TextStates",
+    "seen",
+]
+
+# Of red, green and blue in [0, 1], in the pictures that CLIP was trained on.
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 Activation = Literal["quick", "none"]
 """GELU: "quick" in OpenAI's weights, "none" (exact) in OpenCLIP's."""
@@ -19,7 +36,12 @@ Activation = Literal["quick", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """Shape of the text tower; `embed` is the width of the shared space, 0 = no projection into it."""
+    """Shape of the text tower.
+
+    Args:
+        embed: width of the shared space, 0 = no projection into it.
+        end: id of the end token; None = the highest of a text, which it is in the published vocabulary.
+    """
 
     vocab: int = 49408
     context: int = 77
@@ -29,6 +51,7 @@ class CLIPTextConfig:
     hidden: int = 3072
     embed: int = 768
     activation: Activation = "quick"
+    end: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +111,7 @@ class CLIPText(nn.Module):
         self.projection = nn.Linear(c.width, c.embed, bias=False) if c.embed else None
 
     def forward(self, ids: Tensor) -> TextStates:
-        """Ids (B, L) int64. The end token is the first with the highest id, as in the published code.
+        """Ids (B, L) int64. The first end token is the one that is pooled, as in the published code.
 
         Raises: ValueError if L exceeds the context.
         """
@@ -101,7 +124,8 @@ class CLIPText(nn.Module):
         for block in self.blocks:
             states.append(block(states[-1], causal=True))
         last = self.norm(states[-1])
-        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
+        ends = (ids if self.config.end is None else (ids == self.config.end).int()).argmax(1)
+        pooled = last[torch.arange(len(ids), device=ids.device), ends]
         embedding = pooled if self.projection is None else self.projection(pooled)
         return TextStates(tuple(states), last, pooled, embedding)
 
@@ -141,6 +165,23 @@ class CLIPVision(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingMomentsConfig:
+    """Width of the embeddings."""
+
+    dim: int = 768
+
+
+class EmbeddingMoments(nn.Module):
+    """Mean and deviation of embeddings, (1, dim) each, as Stable unCLIP keeps them beside its networks."""
+
+    def __init__(self, config: EmbeddingMomentsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mean = nn.Parameter(torch.zeros(1, config.dim))
+        self.std = nn.Parameter(torch.ones(1, config.dim))
+
+
 class CLIP(nn.Module):
     """Both towers, and the learned scale of their likeness."""
 
@@ -150,6 +191,21 @@ class CLIP(nn.Module):
         self.vision = CLIPVision(config.vision)
         self.text = CLIPText(config.text)
         self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07)
+
+    def see(self, pictures: Tensor) -> Tensor:
+        """Embeddings (B, embed) of pictures (B, 3, H, W) in [-1, 1], see `seen`."""
+        return self.vision(seen(pictures, self.vision.config.side))
+
+
+def seen(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as CLIP takes them: the middle square of this side, normalized."""
+    short = min(pictures.shape[-2:])
+    if short != side:
+        size = [round(n * side / short) for n in pictures.shape[-2:]]
+        pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = ((n - side) // 2 for n in pictures.shape[-2:])
+    mean, std = (pictures.new_tensor(v).reshape(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (pictures[..., top : top + side, left : left + side] / 2 + 0.5 - mean) / std
 
 
 def _blocks(c: CLIPTextConfig | CLIPVisionConfig) -> nn.ModuleList:

@@ -90,8 +90,9 @@ class DiT(nn.Module):
         return [*(block.modulated_by(to_blocks) for block in self._blocks()), self.modulation(signal)]
 
     def plan(self, times: Tensor) -> DiT | PlannedDiT:
-        """The net for a walk over these times (n,), itself if there is no modulation to save."""
-        return self if self.modulation is None or self.shared is not None else PlannedDiT(self, times)
+        """The net for a walk over these times (n,), itself if there is no modulation to save; see `Net`."""
+        known = times[~times.isnan()]
+        return self if self.modulation is None or self.shared is not None else PlannedDiT(self, known)
 
     def transform(self, x: Tensor, cond: Conditioning, signals: Tensor, modulations: list[Tensor]) -> Tensor:
         """The net, given what it needs of time and class; see `forward`."""

@@ -15,7 +15,7 @@ from sfumato.nets.blocks import ACTIVATIONS, EmbeddingMLP, LayerNorm, dtype_of, 
 
 __all__ = ["EmbedderConfig", "Embedding", "EmbeddingConfig", "Feature", "Tokens", "TokensConfig"]
 
-Field = Literal["label", "aug", "pooled", "image_embed", "micro", "tokens"]
+Field = Literal["label", "aug", "pooled", "image_embed", "micro", "tokens", "guidance"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,9 @@ class EmbeddingConfig:
         dim: width of the vector; 4 * time_dim in most published nets.
         cos_first: order of the sinusoids, see `blocks.sinusoid`.
         shift: shift of their frequencies, see `blocks.sinusoid`.
+        guidance_dim: number of sines and cosines of cond.guidance, which are projected and added to those of
+            t; 0 = the net was not distilled from a guided one (Luo et al. 2023, arXiv:2310.04378, section
+            4.1).
         extras: the further terms.
     """
 
@@ -81,6 +84,7 @@ class EmbeddingConfig:
     dim: int
     cos_first: bool = True
     shift: float = 0.0
+    guidance_dim: int = 0
     extras: tuple[EmbedderConfig, ...] = ()
 
 
@@ -124,13 +128,18 @@ class Embedding(nn.Module):
         super().__init__()
         self.config, self.activation = config, ACTIVATIONS[activation]
         self.time = EmbeddingMLP(config.time_dim, config.dim, activation)
+        width = config.guidance_dim
+        self.guidance = nn.Linear(width, config.time_dim, bias=False) if width else None
         self.extras = nn.ModuleList(EMBEDDERS[e.kind](e, config.dim, activation) for e in config.extras)
 
     def forward(self, t: Tensor, cond: Conditioning) -> Tensor:
         """t (B,) -> (B, dim)."""
         c = self.config
-        features = sinusoid(t, c.time_dim, cos_first=c.cos_first, shift=c.shift)
-        embedding = self.time(features.to(dtype_of(self.time)))
+        features = sinusoid(t, c.time_dim, cos_first=c.cos_first, shift=c.shift).to(dtype_of(self.time))
+        if self.guidance is not None:
+            w = sinusoid(1000 * needed(cond, "guidance"), c.guidance_dim, cos_first=False, shift=1.0)
+            features = features + self.guidance(w.to(features.dtype))
+        embedding = self.time(features)
         for extra in self.extras:
             embedding = embedding + extra(cond)
         return self.activation(embedding)
@@ -226,7 +235,7 @@ def needed(cond: Conditioning, field: Field) -> Tensor:
 
 
 def _vector(value: Tensor, feature: Feature) -> Tensor:
-    """A field (B,) or (B, K) as (B, width).
+    """A field (B,) or (B, K) as (B, width). Numbers that are NaN say nothing: zeros in place of their waves.
 
     Raises: ValueError if its width is not the configured one.
     """
@@ -234,4 +243,4 @@ def _vector(value: Tensor, feature: Feature) -> Tensor:
     if value.shape[1:] != (feature.dim,):
         shape = tuple(value.shape)
         raise ValueError(f"cond.{feature.field} has shape {shape}; this network needs (batch, {feature.dim})")
-    return sinusoid(value, feature.sinusoid).flatten(1) if feature.sinusoid else value
+    return sinusoid(value, feature.sinusoid).flatten(1).nan_to_num() if feature.sinusoid else value

@@ -23,16 +23,28 @@ from sfumato.nets.blocks import (
 )
 from sfumato.nets.embedding import Embedding, EmbeddingConfig, Tokens, TokensConfig
 
-__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels"]
+__all__ = ["Encoded", "Encoder", "LevelConfig", "UNet", "UNetBlock", "UNetConfig", "levels", "skip_widths"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelConfig:
-    """One resolution: width, residual blocks (one more on the way up) and the attention after each."""
+    """One resolution: width, residual blocks (one more on the way up) and the attention after each.
+
+    With 0 blocks there are none on the way up either. Such a first level makes the rest Imagen's Efficient
+    U-Net: the resolution falls before the first blocks, and rises after the last.
+
+    Args:
+        once: attention follows the last block alone (Imagen).
+    """
 
     channels: int
     blocks: int = 2
     attention: AttentionConfig | None = None
+    once: bool = False
+
+    def attends(self, left: int) -> AttentionConfig | None:
+        """The attention of a block with so many more of its level behind it."""
+        return None if self.once and left else self.attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +71,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         groups = self.block.norm_groups
+        if any(level.blocks < 1 for level in self.levels[1:]):
+            raise ValueError("only the first level may have 0 blocks; give the others at least 1")
         for i, level in enumerate(self.levels):
             if level.channels % groups:
                 raise ValueError(
@@ -134,17 +148,18 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList()
         width = c.levels[0].channels
         for i, level in enumerate(c.levels):
-            for _ in range(level.blocks):
-                self.blocks.append(build.block(width, level.channels, level.attention))
+            for n in reversed(range(level.blocks)):
+                self.blocks.append(build.block(width, level.channels, level.attends(n)))
                 width = level.channels
             if i + 1 < len(c.levels):
                 self.blocks.append(UNetBlock(resample=build.down(width)))
         self.middle = nn.ModuleList([build.block(width, width, c.middle), build.block(width, width, None)])
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
-        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it."""
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor | None = None) -> Encoded:
+        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it; `hint` is added after conv_in."""
         context = self.context(t, cond)
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
+        h = h if hint is None else h + hint
         skips = [h]
         for block in self.blocks:
             h = block(h, context)
@@ -172,11 +187,11 @@ class UNet(nn.Module):
         self.config = config
         self.encoder = Encoder(c)
         self.decoder = nn.ModuleList()
-        skips, width = _skip_widths(c), c.levels[-1].channels
+        skips, width = skip_widths(c), c.levels[-1].channels
         for i, level in reversed(list(enumerate(c.levels))):
-            for n in reversed(range(level.blocks + 1)):
+            for n in reversed(range(level.blocks + (level.blocks > 0))):
                 up = build.up(level.channels) if i > 0 and n == 0 else None
-                self.decoder.append(build.block(width + skips.pop(), level.channels, level.attention, up))
+                self.decoder.append(build.block(width + skips.pop(), level.channels, level.attends(n), up))
                 width = level.channels
         self.norm_out = GroupNorm(c.block.norm_groups, width, eps=c.block.norm_eps)
         self.activation = ACTIVATIONS[c.block.activation]
@@ -201,15 +216,20 @@ class UNet(nn.Module):
 
         Raises: ValueError if x has other channels or sides, or a conditioning that the net needs is missing.
         """
+        return self.decode(self.encoded(x, t, cond))
+
+    def encoded(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
+        """The descending half with the middle; arguments and errors as of `forward`."""
         cond = self.prepare(cond)
         self._check(x, cond)
-        return self.decode(self.encoder(x, t, cond))
+        return self.encoder(x, t, cond)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The ascending half: every block reads the skip of its mirror image."""
-        h = encoded.h
-        for block, skip in zip(self.decoder, reversed(encoded.skips), strict=True):
-            h = block(torch.cat([h, skip], dim=1), encoded.context)
+        h, scale = encoded.h, self.config.block.skip_scale
+        skips = encoded.skips[-len(self.decoder) :]  # a first level without blocks reads none
+        for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            h = block(torch.cat([h, skip if scale == 1 else scale * skip], dim=1), encoded.context)
         return self.conv_out(self.activation(self.norm_out(h)))
 
     def _check(self, x: Tensor, cond: Conditioning) -> None:
@@ -258,7 +278,7 @@ class BlockFactory:
         return Upsample(channels)
 
 
-def _skip_widths(config: UNetConfig) -> list[int]:
+def skip_widths(config: UNetConfig) -> list[int]:
     """Width of every entry of `Encoded.skips`."""
     widths = [config.levels[0].channels]
     for i, level in enumerate(config.levels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,6 +55,7 @@ class Latents:
     Attributes:
         mean, std: one number for all channels or one per channel. Stable Diffusion's scale 0.18215 is std 1
             / 0.18215.
+        full: the autoencoder computes in float32 whatever the rest does: SDXL's overflows in float16.
 
     Raises: ValueError if their lengths do not fit the latents, or a std is not positive.
     """
@@ -61,8 +63,11 @@ class Latents:
     autoencoder: Autoencoder
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    full: bool = False
 
     def __post_init__(self) -> None:
+        if self.full:
+            self.autoencoder.float()
         channels = self.autoencoder.config.embed_dim
         _check_moments(self.mean, self.std, (1, channels), "latent channels")
 
@@ -73,13 +78,19 @@ class Latents:
 
     def encode(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> (B, C, H / factor, W / factor)."""
-        posterior = self.autoencoder.encode(x)
+        with self._precision(x):
+            posterior = self.autoencoder.encode(x.float() if self.full else x)
         latent = posterior.mean if noise is None else posterior.sample(noise(posterior.mean))
         return (latent - _like(self.mean, latent)) / _like(self.std, latent)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> pictures (B, 3, h * factor, w * factor), which may leave [-1, 1] a little."""
-        return self.autoencoder.decode(z * _like(self.std, z) + _like(self.mean, z))
+        z = z.float() if self.full else z
+        with self._precision(z):
+            return self.autoencoder.decode(z * _like(self.std, z) + _like(self.mean, z))
+
+    def _precision(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(x.device.type, enabled=False) if self.full else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

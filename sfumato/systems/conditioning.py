@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -11,21 +11,30 @@ from pydantic import Field
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
-from sfumato.conditioners.image import Inpaint, LowRes
+from sfumato.conditioners.image import Depth, Edit, ImageEmbed, Inpaint, LowRes
 from sfumato.conditioners.label import LabelCond
+from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
+from sfumato.conditioners.vision import ClipImage
 from sfumato.core.registry import unknown
+from sfumato.core.types import Reading
 from sfumato.diffusion.schedules import ScheduleConfig
-from sfumato.nets.clip import CLIPText
-from sfumato.systems.codec import Codec
+from sfumato.nets.clip import CLIPText, CLIPVision, EmbeddingMoments
+from sfumato.systems.codec import Codec, Latents
 
 __all__ = [
+    "READS_IMAGE",
     "TEXTS",
+    "ClipImageConfig",
     "ClipTextConfig",
     "ConditionerConfig",
+    "DepthConfig",
+    "EditConfig",
+    "ImageEmbedConfig",
     "InpaintConfig",
     "LabelConfig",
     "LowResConfig",
+    "SizesConfig",
     "TokenTextConfig",
     "TowerConfig",
     "part_of",
@@ -85,11 +94,27 @@ class ClipTextConfig:
     towers: tuple[TowerConfig, ...] = (TowerConfig(),)
     pooled: bool = False
     zero_null: bool = False
+    reading: Reading = field(default_factory=Reading)
+    mask: bool = False
     kind: Literal["clip_text"] = "clip_text"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return ClipText(tuple(tower.build(parts) for tower in self.towers), self.pooled, self.zero_null)
+        towers = tuple(tower.build(parts) for tower in self.towers)
+        return ClipText(towers, self.pooled, self.zero_null, self.reading, self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizesConfig:
+    """See conditioners.sizes.Sizes."""
+
+    size: tuple[int, int]
+    scored: bool = False
+    kind: Literal["sizes"] = "sizes"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return Sizes(self.size, self.scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +123,12 @@ class LabelConfig:
 
     num_classes: int
     names: tuple[str, ...] = ()
+    null: bool = True
     kind: Literal["label"] = "label"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LabelCond(self.num_classes)
+        return LabelCond(self.num_classes, self.null)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +139,29 @@ class LowResConfig:
     mode: Literal["bilinear", "bicubic"] = "bilinear"
     schedule: ScheduleConfig | None = None
     aug: float | None = None
+    align: bool = False
+    rounded: bool = False
+    antialias: bool = False
     kind: Literal["low_res"] = "low_res"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LowRes(self.factor, self.mode, self.schedule, self.aug)
+        return LowRes(
+            self.factor, self.mode, self.schedule, self.aug, self.align, self.rounded, self.antialias
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbedConfig:
+    """See conditioners.image.ImageEmbed; `empty` names a NullImage among the parts, "" = zeros."""
+
+    empty: str = ""
+    unit: bool = False
+    kind: Literal["image_embed"] = "image_embed"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return ImageEmbed(part_of("network", self.empty, parts.nets) if self.empty else None, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +169,75 @@ class InpaintConfig:
     """See conditioners.image.Inpaint."""
 
     mask_first: bool = True
+    marks_known: bool = False
     kind: Literal["inpaint"] = "inpaint"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return Inpaint(codec.encode, self.mask_first)
+        return Inpaint(codec.encode, self.mask_first, self.marks_known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """See conditioners.image.Edit; the latents are not normalized, as its networks were trained."""
+
+    kind: Literal["edit"] = "edit"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        if not isinstance(codec, Latents):
+            return Edit(codec.encode)
+        autoencoder = codec.autoencoder
+        return Edit(lambda x: autoencoder.encode(x).mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """See conditioners.image.Depth."""
+
+    kind: Literal["depth"] = "depth"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        return Depth(codec.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipImageConfig:
+    """See conditioners.vision.ClipImage; names of networks among the parts, "" = no moments."""
+
+    encoder: str = "image_encoder"
+    moments: str = ""
+    schedule: ScheduleConfig | None = None
+    aug: float = 0.0
+    kind: Literal["clip_image"] = "clip_image"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        tower = part_of("network", self.encoder, parts.nets)
+        moments = part_of("network", self.moments, parts.nets) if self.moments else None
+        if not isinstance(tower, CLIPVision) or not isinstance(moments, EmbeddingMoments | None):
+            raise ValueError(
+                f"networks {self.encoder!r} and {self.moments!r} must be a CLIPVision and EmbeddingMoments"
+            )
+        return ClipImage(tower, moments, self.schedule, self.aug)
 
 
 ConditionerConfig = Annotated[
-    TokenTextConfig | ClipTextConfig | LabelConfig | LowResConfig | InpaintConfig, Field(discriminator="kind")
+    TokenTextConfig
+    | ClipTextConfig
+    | ClipImageConfig
+    | SizesConfig
+    | LabelConfig
+    | LowResConfig
+    | ImageEmbedConfig
+    | InpaintConfig
+    | EditConfig
+    | DepthConfig,
+    Field(discriminator="kind"),
 ]
+READS_IMAGE = (InpaintConfig, EditConfig, ClipImageConfig)
+"""A stage with one of these is told the picture of a request, and does not begin with it noised."""
 
 TEXTS = (TokenTextConfig, ClipTextConfig)
 """Those that read a text."""

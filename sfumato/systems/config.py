@@ -6,21 +6,27 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
+from torch import nn
 
 from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import merged
+from sfumato.conditioners.image import Hint
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.parameterization import PARAMETERIZATIONS
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.controlnet import Controlled, ControlNet, ControlUse
+from sfumato.nets.unet import UNet
 from sfumato.systems.codec import Codec, Embeddings, Latents, Pixels
 from sfumato.systems.conditioning import ConditionerConfig, part_of
+from sfumato.systems.guides import GuideConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Emits, Stage
 
 __all__ = [
     "About",
     "CodecConfig",
+    "ControlConfig",
     "EmbeddingsConfig",
     "LatentsConfig",
     "PixelsConfig",
@@ -74,6 +80,7 @@ class LatentsConfig:
     autoencoder: str = "autoencoder"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    full: bool = False
     kind: Literal["latents"] = "latents"
 
     def build(self, parts: Parts) -> Codec:
@@ -83,7 +90,7 @@ class LatentsConfig:
             raise ValueError(
                 f"network {self.autoencoder!r} is a {type(net).__name__}; the codec needs an Autoencoder"
             )
-        return Latents(net, self.mean, self.std)
+        return Latents(net, self.mean, self.std, self.full)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +110,22 @@ CodecConfig = Annotated[PixelsConfig | LatentsConfig | EmbeddingsConfig, Field(d
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """A ControlNet of a stage: its network among the parts, and how it acts."""
+
+    net: str = "control"
+    use: ControlUse = field(default_factory=ControlUse)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Settings of a Stage; `net` names the denoiser's network among the parts.
 
     Attributes:
         parameterization: a name in PARAMETERIZATIONS.
         conditioners: their fields are merged.
+        guide: what guidance of kind "guide" goes by.
+        controls: ControlNets of a U-Net, in the order of the pictures in `Inputs.hint`.
     """
 
     name: str = "base"
@@ -117,10 +134,12 @@ class StageConfig:
     parameterization: str
     learned_var: bool = False
     conditioners: tuple[ConditionerConfig, ...] = ()
+    controls: tuple[ControlConfig, ...] = ()
     codec: CodecConfig = PixelsConfig()
     shape: tuple[int, ...]
     emits: Emits = "image"
     defaults: SampleOptions = field(default_factory=SampleOptions)
+    guide: GuideConfig | None = None
 
     def __post_init__(self) -> None:
         PARAMETERIZATIONS[self.parameterization]
@@ -133,16 +152,29 @@ class StageConfig:
         """The stage. Raises: ValueError if a part is missing or of the wrong kind."""
         codec = self.codec.build(parts)
         net = part_of("network", self.net, parts.nets)
+        told = [c.build(parts, codec) for c in self.conditioners]
+        if self.controls:
+            net = self._controlled(net, parts)
+            told.append(Hint(net.guesses))
         parameterization = PARAMETERIZATIONS[self.parameterization]
         return Stage(
             name=self.name,
             denoiser=Denoiser(net, self.schedule, parameterization, self.learned_var),
-            conditioner=merged([c.build(parts, codec) for c in self.conditioners]),
+            conditioner=merged(told),
             codec=codec,
             shape=self.shape,
             emits=self.emits,
             defaults=self.defaults,
+            guide=None if self.guide is None else self.guide.build(parts, self.shape, self.conditioners),
         )
+
+    def _controlled(self, net: nn.Module, parts: Parts) -> Controlled:
+        branches = [part_of("network", control.net, parts.nets) for control in self.controls]
+        nets = [branch for branch in branches if isinstance(branch, ControlNet)]
+        if not isinstance(net, UNet) or len(nets) < len(branches):
+            kinds = ", ".join(type(one).__name__ for one in (net, *branches))
+            raise ValueError(f"ControlNets control a U-Net; stage {self.name!r} has networks {kinds}")
+        return Controlled(net, nets, [control.use for control in self.controls])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from sfumato.diffusion.constraints import ThresholdConfig
 from sfumato.diffusion.grid import SPACINGS, Grid
 from sfumato.diffusion.guidance import CFG, GuidanceConfig
 from sfumato.diffusion.sampling import SAMPLERS, Step
-from sfumato.diffusion.schedules import NoiseSchedule
+from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 from sfumato.systems.start import FromNoise, Start
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class SampleOptions:
         guidance: how strongly cond is preferred to null.
         threshold: bound on x0.
         start: where the walk begins.
+        candidates: embeddings that a prior draws for each picture; the one nearest to its text stays.
+        tile: side in pixels of the overlapping tiles in which the result is decoded; None = all at once.
 
     Raises: ValueError in one line naming the value, what is allowed and the fix.
     """
@@ -51,14 +53,18 @@ class SampleOptions:
     spacing_knobs: Mapping[str, Knob] = field(default_factory=dict)
     window: tuple[float, float] = (0.0, 1.0)
     guidance: Guidance = CFG()
-    threshold: ThresholdConfig | None = None
+    threshold: ThresholdConfig = None
     start: Start = FromNoise()
+    candidates: int = 1
+    tile: int | None = None
 
     def __post_init__(self) -> None:
         _check_knobs("sampler", self.sampler, SAMPLERS[self.sampler], self.knobs, skip=3)
         _check_knobs("spacing", self.spacing, SPACINGS[self.spacing], self.spacing_knobs, skip=2)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps is {self.steps!r}; allowed: a whole number of at least 1; try 20")
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}; allowed: at least 1")
         low, high = self.window
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -69,10 +75,26 @@ class SampleOptions:
         """The sampler's step function with its knobs bound."""
         return partial(SAMPLERS[self.sampler], **self.knobs) if self.knobs else SAMPLERS[self.sampler]
 
-    def grid(self, schedule: NoiseSchedule) -> Grid:
-        """The levels to walk. Raises: ValueError if the spacing does not fit the schedule."""
-        grid = SPACINGS[self.spacing](schedule, self.steps, **self.spacing_knobs)
-        return grid if self.window == (0.0, 1.0) else grid.window(*self.window)
+    def grid(self, schedule: NoiseSchedule, strength: float = 1.0) -> Grid:
+        """The levels to walk.
+
+        Args:
+            strength: the part of the walk, at its clean end, within which all the steps are; fewer of them
+                where a table of levels would have to be walked in more than half its length.
+
+        Raises: ValueError if the spacing does not fit the schedule, or for a strength outside (0, 1].
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(
+                f"strength {strength:g} is outside (0, 1]; 1 = repaint all, 0.5 = half of the walk"
+            )
+        whole = asked = round(self.steps / strength)
+        if isinstance(schedule, Discrete):
+            whole = max(min(whole, schedule.steps // 2), self.steps)
+        grid = SPACINGS[self.spacing](schedule, whole, **self.spacing_knobs)
+        grid = grid if self.window == (0.0, 1.0) else grid.window(*self.window)
+        part = self.steps / whole if whole == asked else strength
+        return grid.window(1 - part, 1) if part < 1 else grid
 
 
 def _check_knobs(kind: str, name: str, function: object, knobs: Mapping[str, Knob], skip: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner, Unconditional
+from sfumato.conditioners.image import fitted
 from sfumato.core.random import Noise
 from sfumato.core.types import Denoised, Inputs
 from sfumato.diffusion.constraints import constrained
 from sfumato.diffusion.denoiser import DenoiseFn, Denoiser
+from sfumato.diffusion.guidance import CFG, Guidance, Guided
 from sfumato.diffusion.sampling import Run, integrate
+from sfumato.diffusion.score import ScoreGuidance
 from sfumato.systems.codec import Codec, Pixels
+from sfumato.systems.guides import Guide
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.start import Beginning, FromImage, Place, fitted
+from sfumato.systems.start import Beginning, FromImage, Inverted, Place
+from sfumato.systems.tiles import tiled
 
 __all__ = ["Emits", "Observer", "Progress", "Stage"]
 
@@ -54,6 +60,7 @@ class Stage:
         shape: of one sample as the denoiser sees it, (C, h, w) or (D,); `Inputs.size` changes h and w.
         emits: the field of Inputs that the result goes to: "image" is handed on as `low_res`.
         defaults: how it is sampled if the caller does not say.
+        guide: what guidance of kind "guide" goes by.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Stage:
     codec: Codec = field(default_factory=Pixels)
     emits: Emits = "image"
     defaults: SampleOptions = field(default_factory=SampleOptions)
+    guide: Guide | None = None
 
     @property
     def factor(self) -> int:
@@ -113,18 +121,86 @@ class Stage:
 
         Raises: ValueError for inputs or options that do not fit; Cancelled if `observe` raises it.
         """
+        if options.candidates > 1:
+            return self._nearest(inputs, options, noise, observe)
+        if options.tile is not None and inputs.low_res is not None and inputs.size is not None:
+            factor = inputs.size[0] // inputs.low_res.shape[-2]
+            if factor > 1 and max(inputs.size) > options.tile:
+                return self._in_tiles(inputs, options, noise, observe, factor)
         shape = self.shape_for(inputs.size)
-        inputs = _moved(inputs, self.device)
+        inputs = _moved(replace(inputs, size=inputs.size or self.pixels), self.device)
+        guidance = self._guidance(inputs, shape, options)
         with torch.no_grad(), self._precision():
             cond = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).to(self.device)
             null = self.conditioner.null(inputs, cond).to(self.device)
             like = torch.zeros(inputs.n, *shape, device=self.device)
-            place = Place(like, options.grid(self.denoiser.schedule), self.codec, noise)
+            if cond.concat is not None and cond.concat.shape[-2:] != like.shape[-2:]:
+                found, wanted = ("x".join(map(str, v.shape[:-3:-1])) for v in (cond.concat, like))
+                raise ValueError(
+                    f"stage {self.name!r} works on {wanted} and is given a picture that comes to {found}; "
+                    "give a low_res that fits, or its size"
+                )
+            edits = isinstance(options.start, FromImage | Inverted)
+            grid = options.grid(self.denoiser.schedule, inputs.strength if edits else 1.0)
+
+            def alone(told: Inputs) -> DenoiseFn:
+                cond = self.conditioner(told, noise.fork(f"{self.name}/conditioning")).to(self.device)
+                return CFG().bind(self.denoiser.planned(grid), cond, cond)
+
+            place = Place(like, grid, self.codec, noise, alone)
             beginning = options.start.begin(inputs, place)
-            denoise = options.guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
-            denoise = constrained(denoise, threshold=options.threshold)
+            denoise = guidance.bind(self.denoiser.planned(beginning.grid), cond, null)
+            denoise = constrained(denoise, known=beginning.known, threshold=options.threshold)
             x = self._walk(denoise, beginning, options, noise, observe)
             return self._result(inputs, x, options)
+
+    def _guidance(self, inputs: Inputs, shape: tuple[int, ...], options: SampleOptions) -> Guidance:
+        asked = options.guidance
+        if not isinstance(asked, Guided):
+            return asked
+        if self.guide is None or asked.scale == 0:
+            return asked if asked.scale else asked.inner
+        return ScoreGuidance(self.guide(inputs, shape), asked.scale, asked.inner)
+
+    def _nearest(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None
+    ) -> Inputs:
+        """Of several embeddings for each picture the one with the largest cosine to its text's.
+
+        Ramesh et al. 2022 (arXiv:2204.06125), section 2.2, takes two.
+        """
+        inputs, one = _moved(inputs, self.device), replace(options, candidates=1)
+        with torch.no_grad():
+            text = self.conditioner(inputs, noise.fork(f"{self.name}/conditioning")).pooled
+        if self.emits != "image_embed" or text is None or len(text[0]) != self.shape[0]:
+            raise ValueError(
+                f"candidates is {options.candidates}, and stage {self.name!r} draws nothing that can be "
+                "compared with its text: only a prior does; set it to 1"
+            )
+        streams = [noise, *(noise.fork(f"candidate {i}") for i in range(1, options.candidates))]
+        drawn = [self.run(inputs, one, stream, observe).image_embed for stream in streams]
+        rows = torch.stack([v for v in drawn if v is not None])  # (candidates, n, D)
+        best = torch.nn.functional.cosine_similarity(rows, text.to(rows), dim=2).argmax(0)
+        return replace(
+            inputs, image_embed=rows[best, torch.arange(inputs.n, device=rows.device)], latent=None
+        )
+
+    def _in_tiles(
+        self, inputs: Inputs, options: SampleOptions, noise: Noise, observe: Observer | None, factor: int
+    ) -> Inputs:
+        """`low_res` enlarged tile by tile, each with noise of its own."""
+        assert inputs.low_res is not None
+        assert options.tile is not None
+        whole, tile, count = replace(options, tile=None), options.tile // factor, itertools.count()
+
+        def enlarged(part: Tensor) -> Tensor:
+            size = (part.shape[-2] * factor, part.shape[-1] * factor)
+            told = replace(inputs, low_res=part, size=size)
+            done = self.run(told, whole, noise.fork(f"tile {next(count)}"), observe).low_res
+            assert done is not None
+            return done
+
+        return replace(inputs, low_res=tiled(enlarged, inputs.low_res, tile, tile // 4, factor))
 
     def _walk(
         self,
@@ -148,8 +224,14 @@ class Stage:
             return replace(inputs, latent=x)
         if self.emits == "image_embed":
             return replace(inputs, image_embed=self.codec.decode(x), latent=None)
-        picture = self.codec.decode(x).float().clamp(-1, 1)
-        if isinstance(options.start, FromImage) and inputs.image is not None and inputs.mask is not None:
+        decode = self.codec.decode
+        if options.tile is not None:
+            f = self.codec.factor
+            picture = tiled(decode, x, max(options.tile // f, 1), options.tile // (4 * f), f)
+        else:
+            picture = decode(x)
+        picture = picture.float().clamp(-1, 1)
+        if inputs.image is not None and inputs.mask is not None:
             # The codec is lossy; what was not to be repainted is the caller's own, pixel by pixel.
             size = (picture.shape[-2], picture.shape[-1])
             mask = torch.nn.functional.interpolate(inputs.mask.to(picture), size=size, mode="nearest")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from sfumato.conditioners.image import shrink_mask
+from sfumato.conditioners.image import fitted, shrink_mask
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs, expand
 from sfumato.diffusion.constraints import Known, projection
+from sfumato.diffusion.denoiser import DenoiseFn
 from sfumato.diffusion.grid import Grid, repaint
 from sfumato.systems.codec import Codec
 
-__all__ = ["Beginning", "Continue", "FromImage", "FromNoise", "Place", "Start"]
+__all__ = ["Beginning", "Continue", "Fill", "FromImage", "FromNoise", "Inverted", "Place", "Start"]
 
 
 class Place(NamedTuple):
@@ -26,21 +26,24 @@ class Place(NamedTuple):
 
     Attributes:
         like: zeros of the shape, device and dtype of the sample, (n, C, h, w).
-        grid: the walk, cut to the stage's window.
+        grid: the walk, cut to the stage's window and to the strength of an edit.
+        denoise: makes the stage's denoiser, without guidance, of what it is told.
     """
 
     like: Tensor
     grid: Grid
     codec: Codec
     noise: Noise
+    denoise: Callable[[Inputs], DenoiseFn] | None = None
 
 
 class Beginning(NamedTuple):
-    """The sample at level 0 of `grid`, and what to do with it after each step."""
+    """The sample at level 0 of `grid`, what to do with it after each step, and what is known of its x0."""
 
     x: Tensor
     grid: Grid
     project: Callable[[Tensor, int], Tensor] | None = None
+    known: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -65,43 +68,95 @@ class FromNoise:
 
 @dataclass(frozen=True)
 class FromImage:
-    """`inputs.image`, noised to 1 - `inputs.strength` of the walk: img2img.
+    """`inputs.image`, noised to `inputs.strength` of the walk: img2img.
 
-    Meng et al. 2021 (arXiv:2108.01073).
+    Meng et al. 2021 (arXiv:2108.01073). All steps that were asked for are done, within that part of the walk.
 
     With `inputs.mask` only the masked part changes: after each step the rest is put back at that level's
     noise.
 
     Attributes:
         jump_length, resamples: RePaint's going back (Lugmayr et al. 2022, arXiv:2201.09865), off by default.
+        blend: put the rest back; networks that are told the mask do without.
     """
 
     jump_length: int = 10
     resamples: int = 1
+    blend: bool = True
     kind: Literal["image"] = "image"
 
     def begin(self, inputs: Inputs, place: Place) -> Beginning:
-        """The noised picture. Raises: ValueError without a picture, or for a strength outside (0, 1]."""
-        if inputs.image is None:
-            raise ValueError(
-                "this start noises a picture, and there is none; give an image, or start from noise"
-            )
-        if not 0 < inputs.strength <= 1:
-            raise ValueError(
-                f"strength {inputs.strength:g} is outside (0, 1]; 1 = repaint all, 0.5 = half of the walk"
-            )
-        grid = place.grid.window(1 - inputs.strength, 1) if inputs.strength < 1 else place.grid
-        height, width = (side * place.codec.factor for side in place.like.shape[-2:])
-        z = place.codec.encode(fitted(inputs.image.to(place.like), (height, width))).to(place.like)
-        level = grid.level(0)
+        """The noised picture. Raises: ValueError without a picture."""
+        z, grid, level = _encoded(inputs, place), place.grid, place.grid.level(0)
         x = expand(level.alpha, z) * z + expand(level.sigma, z) * place.noise(z)
-        if inputs.mask is None:
+        if inputs.mask is None or not self.blend:
             return Beginning(x, grid)
         if self.resamples > 1:
             grid = repaint(grid, self.jump_length, self.resamples)
-        keep = 1 - shrink_mask(inputs.mask.to(z), (z.shape[-2], z.shape[-1]))
         # Its own stream: how often the known part is noised must not shift what the sampler draws.
-        return Beginning(x, grid, projection(Known(z, keep), grid, place.noise.fork("known")))
+        return Beginning(x, grid, projection(_known(z, inputs.mask), grid, place.noise.fork("known")))
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Pure noise, with `inputs.image` put into the x0 of every step where `inputs.mask` keeps it.
+
+    For nets that were trained to fill holes (Nichol et al. 2021, arXiv:2112.10741); without a picture and a
+    mask it is FromNoise.
+
+    Attributes:
+        temperature: as of FromNoise.
+    """
+
+    temperature: float = 1.0
+    kind: Literal["fill"] = "fill"
+
+    def begin(self, inputs: Inputs, place: Place) -> Beginning:
+        """Noise of the seeds, and what is known."""
+        beginning = FromNoise(temperature=self.temperature).begin(inputs, place)
+        if inputs.image is None or inputs.mask is None:
+            return beginning
+        return beginning._replace(known=_known(_encoded(inputs, place), inputs.mask))
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """The sample from which DDIM draws `inputs.image` again; with another prompt it draws an edit of it.
+
+    DDIM's step x_i -> x_{i+1} (Song et al. 2020, arXiv:2010.02502, eq. 12) is solved for x_i by fixed-point
+    iteration (Pan et al. 2023, arXiv:2309.04907). One round is the usual inversion, which takes eps at
+    x_{i+1}; with more, sampler "ddim" with the same steps, prompt and guidance 1 gives the picture back.
+
+    Attributes:
+        source: what the picture shows.
+        rounds: iterations per step, each an evaluation of the network.
+    """
+
+    source: str = ""
+    rounds: int = 3
+    kind: Literal["inverted"] = "inverted"
+
+    def begin(self, inputs: Inputs, place: Place) -> Beginning:
+        """The sample. Raises: ValueError without a picture, or for less than one round."""
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; allowed: at least 1; try 3")
+        x, grid = _encoded(inputs, place), place.grid
+        assert place.denoise is not None
+        denoise = place.denoise(replace(inputs, text=[self.source] * inputs.n, negative=None))
+        with torch.no_grad():
+            for i in reversed(range(len(grid))):
+                now, after = grid.points[i], grid.points[i + 1]
+                guess = x
+                for _ in range(self.rounds):
+                    found = denoise(guess, grid.level(i))
+                    if now.sigma > now.alpha and after.sigma > 0:  # near pure noise eps says nothing new
+                        ratio = now.sigma / after.sigma
+                        guess = ratio * (x - after.alpha * found.x0) + now.alpha * found.x0
+                    else:
+                        ratio = now.alpha / after.alpha
+                        guess = ratio * (x - after.sigma * found.eps) + now.sigma * found.eps
+                x = guess
+        return Beginning(x, grid)
 
 
 @dataclass(frozen=True)
@@ -122,11 +177,16 @@ class Continue:
         return Beginning(inputs.latent.to(place.like), place.grid)
 
 
-Start = Annotated[FromNoise | FromImage | Continue, Field(discriminator="kind")]
+Start = Annotated[FromNoise | FromImage | Fill | Inverted | Continue, Field(discriminator="kind")]
 
 
-def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, C, H, W) at another size; itself if it has that size already."""
-    if image.shape[-2:] == torch.Size(size):
-        return image
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+def _encoded(inputs: Inputs, place: Place) -> Tensor:
+    """`inputs.image` as a sample. Raises: ValueError if there is none."""
+    if inputs.image is None:
+        raise ValueError("this start needs a picture, and there is none; give an image, or start from noise")
+    height, width = (side * place.codec.factor for side in place.like.shape[-2:])
+    return place.codec.encode(fitted(inputs.image.to(place.like), (height, width))).to(place.like)
+
+
+def _known(z: Tensor, mask: Tensor) -> Known:
+    return Known(z, 1 - shrink_mask(mask.to(z), (z.shape[-2], z.shape[-1])))

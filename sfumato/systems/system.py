@@ -17,10 +17,16 @@ from sfumato.core.random import Noise
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs
 from sfumato.core.world import ALONE, World
-from sfumato.systems.conditioning import TEXTS, LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import (
+    READS_IMAGE,
+    TEXTS,
+    ClipTextConfig,
+    LabelConfig,
+    TokenTextConfig,
+)
 from sfumato.systems.config import About, SystemConfig
 from sfumato.systems.options import SampleOptions
-from sfumato.systems.request import Request, inputs_for, options_for, seeds_for
+from sfumato.systems.request import Request, entered, inputs_for, options_for, seeds_for
 from sfumato.systems.stage import Observer, Stage
 
 __all__ = ["System", "assemble", "load_system", "save_system"]
@@ -48,6 +54,11 @@ class System:
     def size(self) -> tuple[int, int] | None:
         """(height, width) of its pictures unless the caller says otherwise; None if it makes none."""
         return next((s.pixels for s in reversed(self.stages) if s.pixels is not None), None)
+
+    @property
+    def factor(self) -> int:
+        """Sides of its pictures are multiples of this."""
+        return self.stages[-1].factor
 
     def run(
         self,
@@ -112,6 +123,7 @@ class System:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch is {batch!r}; allowed: a whole number of at least 1")
         options = self.resolve(**request)
+        request = entered(request, self.stages)
         inputs = self._inputs(text, request)
         seeds = seeds_for(seed, inputs.n)
         images: list[Image.Image] = []
@@ -134,10 +146,14 @@ class System:
 
     def resolve(self, **request: Unpack[Request]) -> dict[str, SampleOptions]:
         """The options of every stage that a request would run, with nothing left to defaults."""
+        self._check_names(*request.get("options", {}), *(request.get("only") or ()))
+        request = entered(request, self.stages)
         given, only = request.get("options", {}), request.get("only")
-        self._check_names(*given, *(only or ()))
         stages = [s for s in self.stages if only is None or s.name in only]
-        return {s.name: options_for(given.get(s.name, s.defaults), request) for s in stages}
+        told = {c.name for c in self.config.stages if any(isinstance(k, READS_IMAGE) for k in c.conditioners)}
+        return {
+            s.name: options_for(given.get(s.name, s.defaults), request, told=s.name in told) for s in stages
+        }
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a prompt that the system was not trained on, where it can tell."""
@@ -179,6 +195,8 @@ class System:
         if classes and not self.reads_text and "label" not in request and text:
             request = {**request, "label": [text] if isinstance(text, str) else text}
             text = None
+        if "reading" in request and not any(isinstance(c, ClipTextConfig) for c in kinds):
+            raise ValueError("CLIP does not read the prompts of this system; leave out how it is to read")
         return inputs_for(text, request, self.size, classes.names if classes else ())
 
     def _check_names(self, *names: str) -> None:
@@ -224,8 +242,10 @@ def save_system(system: System, path: str | Path, *, dtype: torch.dtype | None =
         dtype: of the stored weights; None = as they are.
 
     Returns: the fingerprint of the checkpoint.
-    Raises: ValueError in one line if the folder cannot be written.
+    Raises: ValueError in one line if the folder cannot be written, or the weights are not in memory.
     """
+    if any(v.is_meta for net in system.parts.nets.values() for v in net.parameters()):
+        raise ValueError("this cascade reads its weights from other folders by turns; load them to save it")
     card = system.card or f"# {system.about.name}\n\n{system.about.summary}\n"
     folder = Folder(system.parts, to_json(system.config), to_json(system.about), card)
     return write_folder(path, folder, dtype=dtype)

@@ -6,16 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
-from torch import Tensor
 
-from sfumato.text.tokenizers import Tokenizer
+from sfumato.text.tokenizers import Tokenizer, packages, unpacked
 
-__all__ = ["CLIPTokenizer", "clip_files", "clip_tokenizer"]
+__all__ = ["END", "clip_files", "clip_tokenizer", "clip_vocabulary"]
 
 LONGEST = 2**16  # ids per text that a file may mean
+PUBLISHED, MERGES = "bpe_simple_vocab_16e6.txt", 48_894  # of OpenAI's release, and how many it uses
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Of the published code: specials, English endings, runs of letters, single digits, runs of anything else.
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
@@ -23,26 +22,13 @@ PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L
 ).replace("|>", r"\|>")
 
 
-class CLIPTokenizer:
-    """Text -> ids of a fixed length, from start to end token, the end token repeated behind it.
+def clip_tokenizer(folder: Path, pad: str = "", context: int | None = None) -> Tokenizer:
+    """CLIP's tokenizer: from start to end token, filled up; longer texts are cut before the end token.
 
     Args:
-        folder: holds tokenizer.json, or vocab.json and merges.txt.
-        context: ids per text; longer texts are cut, and end in the end token all the same.
-
-    Raises: ValueError in one line if the folder has neither, or what it has is damaged.
-    """
-
-    def __init__(self, folder: Path, context: int = 77) -> None:
-        self._engine = _padded(folder, context, END)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Ids (B, context) int64."""
-        return torch.tensor([row.ids for row in self._engine.encode_batch(list(texts))], dtype=torch.long)
-
-
-def clip_tokenizer(folder: Path, pad: str = "") -> Tokenizer:
-    """A pipeline's tokenizer, with the length and the padding that its files say; `pad` overrides.
+        folder: holds tokenizer.json, or vocab.json and merges.txt, or OpenAI's file of merges.
+        pad, context: what fills short texts, and ids per text; by default as the files say, or else the end
+            token and 77.
 
     Raises: ValueError in one line if the folder has none, or what it has is damaged.
     """
@@ -53,11 +39,11 @@ def clip_tokenizer(folder: Path, pad: str = "") -> Tokenizer:
             told |= json.loads(file.read_text("utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from None
-    token, context = told.get("pad_token") or END, told.get("model_max_length")
+    token, length = told.get("pad_token") or END, told.get("model_max_length")
     if isinstance(token, dict):
         token = token.get("content", END)
-    context = context if isinstance(context, int) and context < LONGEST else 77  # 1e30 = not known
-    return Tokenizer(_padded(folder, context, pad or str(token)), context)
+    length = context or (length if isinstance(length, int) and length < LONGEST else 77)  # 1e30 = not known
+    return Tokenizer(_padded(folder, length, pad or str(token)), length)
 
 
 def clip_files(tokenizer: Tokenizer) -> dict[str, str]:
@@ -113,13 +99,35 @@ def _engine(folder: Path) -> Engine:
             return Engine.from_file(str(whole))
         if vocabulary.is_file() and merges.is_file():
             return _of_merges(*models.BPE.read_file(str(vocabulary), str(merges)))
+        if (published := unpacked(folder / PUBLISHED)) is not None:
+            return _of_merges(*_published(published))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
             f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
         ) from None
     raise ValueError(
-        f"{folder} holds no CLIP vocabulary: no tokenizer.json, and not vocab.json with merges.txt"
+        f"{folder} holds no CLIP vocabulary: no tokenizer.json, no {PUBLISHED}.gz, and not vocab.json with "
+        "merges.txt"
     )
+
+
+def clip_vocabulary(places: Sequence[Path]) -> Path | None:
+    """The first of the folders that has CLIP's vocabulary, or the folder of an installed package."""
+    for place in (*places, *packages({"open_clip": "", "clip": ""})):
+        if (place / "merges.txt").is_file() or unpacked(place / PUBLISHED) is not None:
+            return place
+    return None
+
+
+def _published(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges of OpenAI's file: a line that is none, then a merge a line, more than are used."""
+    lines = text.split("\n")[1 : 1 + MERGES]
+    merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines) if second]
+    # Printable bytes stand for themselves; the others for letters from 256 on, in order.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def _of_merges(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Engine:

@@ -117,7 +117,8 @@ class HeldOut:
     def inputs(self, rows: slice) -> Inputs:
         """What is known of these pictures."""
         label = None if self.label is None else self.label[rows]
-        return Inputs(n=rows.stop - rows.start, text=self.text[rows], label=label)
+        image = to_float(self.pictures[rows])
+        return Inputs(n=rows.stop - rows.start, text=self.text[rows], label=label, image=image)
 
     def noise(self, rows: slice, name: str) -> Noise:
         """The same streams for a picture at each validation."""

@@ -15,13 +15,18 @@ from sfumato.training.batches import DataConfig
 from sfumato.training.held_out import ValidationConfig
 from sfumato.training.optim import OptimConfig
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
+from sfumato.training.tasks.classifying import ClassifyingConfig
+from sfumato.training.tasks.contrastive import ContrastiveConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
 from sfumato.training.trainer import TrainerConfig
 
 __all__ = ["Recipe", "TaskConfig", "differences", "retuned"]
 
-TaskConfig = Annotated[AutoencodingConfig | CaptionWordsConfig | DenoisingConfig, Field(discriminator="kind")]
+TaskConfig = Annotated[
+    AutoencodingConfig | CaptionWordsConfig | ClassifyingConfig | ContrastiveConfig | DenoisingConfig,
+    Field(discriminator="kind"),
+]
 
 # What may change when a run is continued: it decides where and how long, not what is computed.
 FREE = frozenset(

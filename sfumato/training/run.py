@@ -31,10 +31,11 @@ from sfumato.training.recipe import Recipe
 from sfumato.training.signals import Stop
 from sfumato.training.state import Checkpoints
 from sfumato.training.tasks.autoencoding import Autoencoding
+from sfumato.training.tasks.contrastive import Contrastive
 from sfumato.training.tasks.denoising import Denoising
 from sfumato.training.trackers import Tracked, open_trackers
 from sfumato.training.trainer import Trainer
-from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, Validation
+from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, RetrievalLoss, Validation
 
 __all__ = ["train"]
 
@@ -169,16 +170,20 @@ def _validation(
     if held is None:
         return None
     task = job.task
-    measure: DenoisingLoss | ReconstructionLoss
+    measure: DenoisingLoss | ReconstructionLoss | RetrievalLoss
     if isinstance(task, Denoising):
         sampled, velocity = task.posterior == "sample", recipe.validation.velocity
-        measure = DenoisingLoss(task.objective, sampled=sampled, embed=task.embed, velocity=velocity)
+        measure = DenoisingLoss(
+            task.objective, sampled=sampled, embed=task.embed, complete=task.complete, velocity=velocity
+        )
     elif isinstance(task, Autoencoding):
         measure = ReconstructionLoss(task.config, task.perceptual)
+    elif isinstance(task, Contrastive):
+        measure = RetrievalLoss()
     else:
         raise ValueError(
             f"validation.split and share do not work with a {recipe.task.kind} task; leave them out: only "
-            "denoisers and autoencoders have a validation loss"
+            "denoisers, autoencoders and CLIPs have a validation loss"
         )
     pictures = HeldOut(held, recipe.trainer.batch // world.size, recipe.validation.draws, world)
     return Validation(measure, lambda: job.result(trainer.average.whole()), pictures, recipe.folder)
@@ -188,7 +193,16 @@ def _card(recipe: Recipe, about: About) -> str:
     """Model card: what it is, how it was made, whose data; folders of this machine stay out of it."""
     settings = to_json(recipe)
     del settings["out"], settings["about"], settings["data"]["path"]
-    local = ("autoencoder", "perceptual_net", "lpips_trunk", "lpips_heads", "embedder", "init", "latents")
+    local = (
+        "autoencoder",
+        "perceptual_net",
+        "lpips_trunk",
+        "lpips_heads",
+        "embedder",
+        "clip",
+        "init",
+        "latents",
+    )
     for name in local:
         settings["task"].pop(name, None)
     lines = [f"# {about.name}", "", about.summary, "", "## Recipe", ""]

@@ -20,14 +20,17 @@ from sfumato.diffusion.guidance import noise_fraction
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.times import Uniform
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIP
 from sfumato.nets.perceptual import FeatureDistance
 from sfumato.systems.config import SystemConfig
 from sfumato.systems.system import assemble
 from sfumato.training.held_out import HeldOut
 from sfumato.training.history import LOSS, read_log
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
+from sfumato.training.tasks.contrastive import info_nce
+from sfumato.training.tasks.denoising import Complete
 
-__all__ = ["LOSS", "VELOCITY", "DenoisingLoss", "ReconstructionLoss", "Validation"]
+__all__ = ["LOSS", "VELOCITY", "DenoisingLoss", "ReconstructionLoss", "RetrievalLoss", "Validation"]
 
 VELOCITY = "validation/velocity"
 """Name in the log of the error that compares denoisers of different objectives, see `DenoisingLoss`."""
@@ -47,7 +50,7 @@ class DenoisingLoss:
     Args:
         objective: of the run.
         sampled: whether latents are samples of the posterior, or its means.
-        embed: of the task, see `Denoising`.
+        embed, complete: of the task, see `Denoising`.
         velocity: measure besides the squared error of the velocity eps - x0 of the straight path (Liu et al.
             2022, arXiv:2209.03003) at uniform noise fractions, whatever schedule, parameterization, times and
             weights the run has: |x0 error|^2 / fraction^2 at the level of its schedule with that fraction.
@@ -59,12 +62,14 @@ class DenoisingLoss:
         *,
         sampled: bool,
         embed: Callable[[Tensor], Tensor] | None = None,
+        complete: Complete | None = None,
         velocity: bool = False,
     ) -> None:
         learns = hasattr(objective.times, "state_dict")
         self.objective = replace(objective, times=Uniform()) if learns else objective
         self.sampled = sampled
         self.embed = embed
+        self.complete = complete
         self.velocity = velocity
         self._clean: dict[int, Tensor] = {}
 
@@ -81,7 +86,10 @@ class DenoisingLoss:
                 noise = held.noise(rows, "posterior")
                 self._clean[rows.start] = stage.codec.encode(images, noise if self.sampled else None)
             noise = held.noise(rows, "conditioning")
-            cond = stage.conditioner(held.inputs(rows), noise).to(stage.device)
+            inputs = held.inputs(rows)
+            if self.complete is not None:
+                inputs = self.complete(inputs, held.images(rows, stage.device), held.noise(rows, "told"))
+            cond = stage.conditioner(inputs, noise).to(stage.device)
             for draw in range(held.draws):
                 name = f"draw {draw}"
                 t = self.objective.times.sample(schedule, held.noise(rows, name)).t
@@ -129,6 +137,21 @@ class ReconstructionLoss:
             LOSS: float(held.pooled(losses).mean()),
             "validation/psnr": float(held.pooled(ratios).mean()),
         }
+
+
+class RetrievalLoss:
+    """What a CLIP loses: InfoNCE over all pairs of the held-out pictures and captions at its scale."""
+
+    def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
+        """The loss, with the number of pairs that were compared."""
+        clip = folder.parts.nets["clip"]
+        assert isinstance(clip, CLIP)
+        device, tokenizer = clip.logit_scale.device, folder.parts.tokenizers["tokenizer"]
+        rows = [slice(i, i + held.batch) for i in range(0, len(held.text), held.batch)]
+        pictures = torch.cat([clip.see(held.images(part, device)) for part in rows])
+        texts = torch.cat([clip.text(tokenizer(held.text[part])[0].to(device)).embedding for part in rows])
+        loss = info_nce(pictures, texts, clip.logit_scale.exp())
+        return {LOSS: float(loss), "validation/pairs": float(len(pictures))}
 
 
 class Validation:

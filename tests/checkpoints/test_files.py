@@ -4,12 +4,14 @@ import argparse
 import errno
 import fractions
 import hashlib
+import json
 import pickle
 
 import pytest
 import torch
 
 from sfumato.checkpoints.files import (
+    read_metadata,
     read_pickled,
     read_safetensors,
     read_weights,
@@ -113,6 +115,30 @@ def test_not_safetensors(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_safetensors(path)
+
+
+LIES = {
+    "a shape of more bytes": {"w": ("F32", [100], [0, 16])},
+    "a shape of fewer bytes": {"w": ("F32", [2], [0, 16])},
+    "bytes that others have": {"w": ("F32", [4], [0, 16]), "v": ("F32", [4], [0, 16])},
+    "a gap": {"w": ("F32", [2], [8, 16])},
+    "backwards": {"w": ("F32", [4], [16, 0])},
+    "more than there is": {"w": ("F32", [2**40], [0, 2**42])},
+    "an unknown kind": {"w": ("X32", [4], [0, 16])},
+    "a negative length": {"w": ("F32", [-4], [0, 16])},
+}
+
+
+@pytest.mark.parametrize("lie", sorted(LIES))
+def test_headers_that_lie_are_one_line(tmp_path, lie):
+    entries = {n: {"dtype": d, "shape": s, "data_offsets": o} for n, (d, s, o) in LIES[lie].items()}
+    header = json.dumps(entries).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    for read in (read_safetensors, read_metadata):
+        with pytest.raises(ValueError, match=r"a\.safetensors: .*; copy or download it again$") as error:
+            read(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300])

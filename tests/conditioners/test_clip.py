@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from sfumato.checkpoints.foreign import read_foreign
 from sfumato.conditioners.clip import ClipText, Tower
-from sfumato.core.types import Inputs
+from sfumato.core.types import Inputs, Reading
 from sfumato.nets.clip import CLIPText
 from sfumato.text.clip import clip_files, clip_tokenizer
 from sfumato.text.tokenizers import Tokenizer
@@ -122,3 +122,23 @@ def test_tokenizers_pad_as_their_files_say(tmp_path: Path) -> None:
 def test_a_padding_that_is_no_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pads with '<pad>', which it has no id for"):
         clip_tokenizer(words(tmp_path / "w", "<pad>"))
+
+
+@torch.no_grad()
+def test_words_weigh_and_blocks_are_left_out_on_request(tmp_path: Path) -> None:
+    _, ours = tower("CLIPTextModel", tmp_path / "a", 24)
+    tokenizer = clip_tokenizer(words(tmp_path / "w", "<|endoftext|>"))
+    text = ClipText((Tower(tokenizer, ours),))
+    plain = text(Inputs(text=["a b"])).tokens
+    found = text(Inputs(text=["(a:1.5) b"], reading=Reading(weights=True)))
+    weights = torch.ones(77, 1)
+    weights[1] = 1.5
+    scaled = plain * weights
+    torch.testing.assert_close(found.tokens, scaled * (plain.mean() / scaled.mean()))
+    assert not torch.allclose(found.tokens, scaled)
+    own = ClipText((Tower(tokenizer, ours),), reading=Reading(weights=True))
+    torch.testing.assert_close(own(Inputs(text=["(a:1.5) b"])).tokens, found.tokens)
+    skipped = ClipText((Tower(tokenizer, ours, 1),))(Inputs(text=["a b"])).tokens
+    torch.testing.assert_close(text(Inputs(text=["a b"], reading=Reading(skip=1))).tokens, skipped)
+    with pytest.raises(ValueError, match="skip is 3 for a text tower of 3 blocks; allowed: 0 to 2"):
+        text(Inputs(text=["a b"], reading=Reading(skip=3)))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sfumato.conditioners.image import Inpaint, LowRes, shrink_mask
+from sfumato.conditioners.image import Depth, Edit, Inpaint, LowRes, shrink_mask
 from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.diffusion.schedules import Flow
@@ -64,3 +66,31 @@ def test_a_cell_is_repainted_if_any_pixel_is():
     mask = torch.zeros(1, 1, 8, 8)
     mask[0, 0, 5, 2] = 1
     assert shrink_mask(mask, (4, 4)).nonzero().tolist() == [[0, 0, 2, 1]]
+
+
+def test_depth_is_stretched_and_a_flat_one_is_zero():
+    hint = torch.full((2, 1, 16, 16), 0.5)
+    hint[0, :, :, 8:] = 0.75
+    depth = Depth(factor=8)(Inputs(n=2, hint=hint)).concat
+    assert depth.shape == (2, 1, 2, 2)
+    torch.testing.assert_close(depth[0, 0], torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]))
+    assert depth[1].eq(0).all()
+    with pytest.raises(ValueError, match="give a depth picture as hint"):
+        Depth()(Inputs())
+
+
+def test_an_edit_needs_a_picture():
+    image = torch.ones(1, 3, 8, 8)
+    cond = Edit(encode=lambda x: 2 * x)(Inputs(image=image))
+    assert torch.equal(cond.concat, 2 * image)
+    with pytest.raises(ValueError, match="edits a picture, and there is none; give an image"):
+        Edit(encode=lambda x: x)(Inputs())
+
+
+def test_the_noise_level_of_a_request_goes_before_the_usual_one():
+    inputs = Inputs(n=1, low_res=torch.zeros(1, 3, 64, 64), aug=torch.tensor([0.75]))
+    cond = LowRes(factor=1, schedule=Flow(), aug=0.25)(inputs, Noise([5]))
+    assert cond.aug.tolist() == [0.75]
+    assert float(cond.concat.std()) == pytest.approx(0.75, rel=0.05)
+    with pytest.raises(ValueError, match="aug is 2; allowed: 0, "):
+        LowRes(factor=1, schedule=Flow(), aug=0.25)(replace(inputs, aug=torch.tensor([2.0])), Noise([5]))

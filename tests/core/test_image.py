@@ -17,6 +17,7 @@ from sfumato.core.image import (
     center_crop,
     cover,
     decode,
+    edges,
     from_pil,
     grid,
     load,
@@ -367,3 +368,16 @@ class TestGrid:
             grid(torch.zeros(0, 3, 8, 8, dtype=torch.uint8))
         with pytest.raises(ValueError, match="columns >= 1"):
             grid(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), columns=0)
+
+
+def test_edges_are_where_the_brightness_changes():
+    image = torch.ones(1, 3, 6, 8)
+    image[..., 4:] = -1
+    drawn = edges(image)
+    assert drawn.shape == image.shape
+    assert drawn[0, 0, 2].tolist() == [-1, -1, -1, 1, 1, -1, -1, -1]
+    assert torch.equal(edges(image.mT), drawn.mT)
+    assert edges(torch.full((1, 3, 4, 4), 0.3)).unique().tolist() == [-1]
+    faint = torch.cat([torch.zeros(1, 3, 4, 2), torch.full((1, 3, 4, 2), 0.3)], dim=3)
+    assert edges(faint).unique().tolist() == [-1]
+    assert edges(faint, threshold=0.1).max() == 1

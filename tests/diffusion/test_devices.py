@@ -44,7 +44,9 @@ DENOISER = Denoiser(net, SCHEDULE, v, learned_var=True)
 )
 def test_guidance_and_constraints(guidance, t):
     known = Known(X, torch.ones(1, 1, 4, 4))
-    fn = constrained(guidance.bind(DENOISER, COND, COND), known=known, threshold=Dynamic(0.9))
+    fn = constrained(
+        guidance.bind(DENOISER, COND, COND.map(torch.clone)), known=known, threshold=Dynamic(0.9)
+    )
     denoised = fn(X, SCHEDULE(torch.tensor(t)))
     assert denoised.x0.is_meta
     assert denoised.eps.is_meta

@@ -22,13 +22,15 @@ DISCRETE = [
     SCHEDULES["jsd"](steps=40),
 ]
 CONTINUOUS = [Cosine(), Cosine(offset=0.008, end=0.999), VE(), Flow(), Flow(shift=3), Flow(end=0.98)]
-ONLY_DISCRETE = {"leading", "respaced"}
+ONLY_DISCRETE = {"leading", "respaced", "distilled"}
 BY_RATIO = {"karras", "exponential", "logsnr"}
 schedules = st.sampled_from([*DISCRETE, *CONTINUOUS])
 
 
 def bounds(schedule, spacing: str) -> dict[str, float]:
-    """sigma_min and sigma_max where the schedule has none of its own."""
+    """sigma_min and sigma_max where the schedule has none of its own; as many levels as it has."""
+    if spacing == "distilled":
+        return {"original": schedule.steps}
     if spacing not in BY_RATIO:
         return {}
     ends = schedule(torch.tensor(schedule.span, dtype=torch.float64))
@@ -258,6 +260,7 @@ def test_continuous_schedules_have_no_table(spacing):
     [
         (lambda: SPACINGS["lineading"], "did you mean 'leading'"),
         (lambda: SPACINGS["leading"](LINEAR, 50, offset=20), "lower it"),
+        (lambda: SPACINGS["distilled"](LINEAR, 51), "that was trained on 50; allowed: 1 to 50"),
         (lambda: SPACINGS["leading"](LINEAR, 50, offset=-1), "lower it"),
         (lambda: SPACINGS["respaced"](LINEAR, 50, sections="fast27"), "set steps=27"),
         (lambda: SPACINGS["respaced"](LINEAR, 500, sections="ddim500x"), "allowed: '50'"),

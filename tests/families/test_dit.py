@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_one_clear_line(vae, tmp_path, tiny_system, tiny_fo
         sfumato.save(replace(tiny_system, config=config), tmp_path / "a.pt", layout="sit")
     with pytest.raises(ValueError, match="is no file of another program: leave out layout"):
         sfumato.load(tiny_folder, layout="dit")
-    with pytest.raises(ValueError, match="there is no denoiser among vae; load it with load_nets"):
+    with pytest.raises(ValueError, match="there is no denoiser among vae; this is a first stage"):
         sfumato.load(vae)
     wide = Autoencoder(AutoencoderConfig(channels=32, mults=(1, 2), blocks=1, z_channels=3, embed_dim=3))
     sfumato.save_nets({"vae": wide}, tmp_path / "wide.pt", layout="vae-compvis")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sfumato
 from sfumato.checkpoints.native import Folder, Parts, write_folder
 from sfumato.cli.parsing import parse
 from sfumato.cli.runs import Flags
@@ -33,7 +34,7 @@ TOYS = [name for name in RECIPES if name.startswith("toy-")]
 def toy(name: str, pictures: Path, out: Path, **trainer) -> Recipe:
     """A toy whose results go below `out`, and what it builds upon is trained there first."""
     recipe = RECIPES[name]()
-    for field in ("init", "embedder"):
+    for field in ("init", "embedder", "clip"):
         if (needed := getattr(recipe.task, field, None)) is not None:
             train(toy(needed.name, pictures, out, images=16))
             recipe = replace(recipe, task=replace(recipe.task, **{field: out / needed.name}))
@@ -348,3 +349,19 @@ def _stop_at(images: int, recipe: Recipe) -> None:
         patch.setattr(Checkpoints, "save", save_and_fail)
         with pytest.raises(PowerCut):
             train(recipe)
+
+
+def test_a_trained_cascade_draws_and_its_upsampler_reads_the_level(pictures, tmp_path):
+    """Both toys, joined by their paths: text to 8 pixels to 16, and the level of noise makes a difference."""
+    names = ("toy-imagen-base", "toy-imagen-upsampler")
+    folders = [train(toy(name, pictures, tmp_path, images=16)) for name in names]
+    both = sfumato.cascade(*folders)
+    assert [(stage.name, stage.pixels) for stage in both.stages] == [
+        ("base", (8, 8)),
+        ("upsampler", (16, 16)),
+    ]
+    asked = {"seed": 3, "steps": 2}
+    assert both.generate("red", **asked)[0].size == (16, 16)
+    small = both.generate("red", only=["base"], **asked)[0]
+    levels = [both.generate("red", low_res=small, aug=aug, **asked)[0].tobytes() for aug in (0.0, 0.5)]
+    assert levels[0] != levels[1]

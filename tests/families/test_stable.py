@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 import sfumato
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.core.types import Conditioning, Inputs
+from sfumato.diffusion.guidance import Embedded
 from sfumato.families.stable import predicts
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,7 +34,10 @@ SCHEDULERS = {
         "DDIMScheduler",
         LEADING | {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
     ),
+    "euler_linspace": ("EulerDiscreteScheduler", BETAS),
 }
+LCM = {"lcm": ("LCMScheduler", BETAS)}
+SCHEDULERS["eps2"] = SCHEDULERS["ddim"]  # the second version that predicts eps
 TEXTS, NEGATIVES, SEEDS = ["red heart", "a heart, blue"], ["dull", "red"], [3, 4]
 
 
@@ -51,7 +55,7 @@ def tokenizer(folder: Path, pad: str) -> transformers.CLIPTokenizer:
 def pipeline(path: Path, kind: str) -> Path:
     """A whole pipeline of tiny random nets as diffusers writes it; of the second version for kind "v"."""
     torch.manual_seed(0)
-    second = kind == "v"
+    second = kind in ("v", "eps2")
     words = tokenizer(path / "words", "!" if second else "<|endoftext|>")
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -63,6 +67,7 @@ def pipeline(path: Path, kind: str) -> Path:
         attention_head_dim=(2, 4) if second else 4,
         use_linear_projection=second,
         norm_num_groups=32,
+        time_cond_proj_dim=48 if kind == "lcm" else None,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32, 64),
@@ -85,8 +90,9 @@ def pipeline(path: Path, kind: str) -> Path:
     for net in (unet, vae, text):
         for p in net.parameters():
             torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1)
-    name, options = SCHEDULERS[kind]
-    diffusers.StableDiffusionPipeline(
+    name, options = (SCHEDULERS | LCM)[kind]
+    kind_of = diffusers.LatentConsistencyModelPipeline if kind == "lcm" else diffusers.StableDiffusionPipeline
+    kind_of(
         vae=vae,
         text_encoder=text,
         tokenizer=words,
@@ -162,7 +168,7 @@ def test_old_text_files_have_a_prefix_and_positions(tmp_path: Path) -> None:
 
 def test_what_is_no_system_yet_says_so(tmp_path: Path) -> None:
     path = pipeline(tmp_path, "ddim")
-    with pytest.raises(ValueError, match="needs net, vae, text_encoder, and vae is missing"):
+    with pytest.raises(ValueError, match="this system needs net, vae, text_encoder, and vae is missing"):
         sfumato.load(path / "unet")
     index = json.loads((path / "model_index.json").read_text())
     (path / "model_index.json").write_text(json.dumps(index | {"tokenizer": [None, None]}))
@@ -172,10 +178,10 @@ def test_what_is_no_system_yet_says_so(tmp_path: Path) -> None:
     config = path / "unet/config.json"
     system = sfumato.load(path)
     assert system.config.stages[0].defaults.guidance.scale == 7.5
-    wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 9})
+    wide = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()) | {"in_channels": 11})
     wide.save_pretrained(path / "unet")
     with pytest.raises(
-        ValueError, match=r"this U-Net has 9 input channels .*: inpainting, .* no systems yet"
+        ValueError, match=r"this U-Net has 11 input channels .*: no system here tells it that"
     ):
         sfumato.load(path)
 
@@ -184,9 +190,9 @@ def test_another_system_is_not_written_as_stable_diffusion(tmp_path: Path) -> No
     system = sfumato.load(pipeline(tmp_path, "ddim"))
     stage = system.config.stages[0]
     text = stage.conditioners[0]
-    skipped = replace(text, towers=(replace(text.towers[0], skip=1),))
-    config = replace(system.config, stages=(replace(stage, conditioners=(skipped,)),))
-    with pytest.raises(ValueError, match="needs one stage with one whole text tower"):
+    bare = replace(text, towers=(replace(text.towers[0], norm=False),))
+    config = replace(system.config, stages=(replace(stage, conditioners=(bare,)),))
+    with pytest.raises(ValueError, match="pipelines of Stable Diffusion have one stage with a text"):
         sfumato.save(replace(system, config=config), tmp_path / "a", layout="unet-diffusers")
     assert not (tmp_path / "a").exists()
 
@@ -217,13 +223,14 @@ def single(system: sfumato.System, layout: str, path: Path) -> None:
     ],
 )
 def test_single_files_draw_what_the_folder_draws(
-    layout: str, kind: str, config: dict[str, object], tmp_path: Path
+    layout: str, kind: str, config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sfumato.text.clip.packages", lambda folders: ())
     folder = sfumato.load(pipeline(tmp_path, kind))
     file = tmp_path / "alone" / "model.safetensors"
     file.parent.mkdir()
     single(folder, layout, file)
-    with pytest.raises(ValueError, match="there is no CLIP vocabulary; copy a folder 'tokenizer'"):
+    with pytest.raises(ValueError, match=r"copy a folder 'tokenizer' .* or install open_clip"):
         sfumato.load(file, config=config)
     (tmp_path / "words").rename(file.parent / "tokenizer")
     system = sfumato.load(file, config=config)
@@ -251,3 +258,85 @@ def test_noise_returned_is_eps_and_a_picture_is_v() -> None:
     x0 = torch.linspace(-1, 1, 8)
     assert predicts(lambda x, t, cond: x + 0.3 * x0, Conditioning(), 4, 2) == "eps"
     assert predicts(lambda x, t, cond: 0.07 * x - x0.expand_as(x), Conditioning(), 4, 2) == "v"
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("sd1-compvis", "ddim"), ("sd2-compvis", "eps2")])
+def test_single_files_are_written_and_read_by_both(layout: str, kind: str, tmp_path: Path) -> None:
+    """The second version's tower lacks the block that nobody reads, as in files that diffusers converts."""
+    path = pipeline(tmp_path, kind)
+    system = sfumato.load(path)
+    file = tmp_path / "words/model.safetensors"
+    sfumato.save(system, file, layout=layout)
+    heads = {"num_heads": 4} if layout == "sd1-compvis" else {"num_head_channels": 16}
+    again = sfumato.load(file, config={**heads, "parameterization": "eps"})
+    assert again.config.stages[0].conditioners == system.config.stages[0].conditioners
+    for name, net in system.parts.nets.items():
+        tensors = again.parts.nets[name].state_dict()
+        assert all(torch.equal(v, tensors[n]) for n, v in net.state_dict().items())
+    kind_of = diffusers.StableDiffusionPipeline
+    single = kind_of.from_single_file(str(file), config=str(path), local_files_only=True)
+    whole = kind_of.from_pretrained(path)
+    for name in ("unet", "vae", "text_encoder"):
+        theirs = getattr(single, name).state_dict()
+        assert all(torch.equal(v, theirs[n]) for n, v in getattr(whole, name).state_dict().items())
+
+
+def test_a_published_tower_is_shortened_for_a_folder(tmp_path: Path) -> None:
+    folder = sfumato.load(pipeline(tmp_path, "v"))
+    file = tmp_path / "words/a.safetensors"
+    single(folder, "sd2-compvis", file)
+    system = sfumato.load(file, config={"num_head_channels": 16, "parameterization": "v"})
+    assert system.config.stages[0].conditioners[0].towers[0].skip == 1
+    sfumato.save(system, tmp_path / "again", layout="unet-diffusers")
+    torch.testing.assert_close(ours(sfumato.load(tmp_path / "again"), 3), ours(system, 3), rtol=0, atol=1e-5)
+    drawn(tmp_path / "again", 1)
+    with pytest.raises(ValueError, match="files of layout 'sd1-compvis' have another text towers"):
+        sfumato.save(system, tmp_path / "b.safetensors", layout="sd1-compvis")
+    sfumato.save(system, tmp_path / "words/b.safetensors", layout="sd2-compvis")
+    before, after = (load_file(tmp_path / f"words/{n}.safetensors") for n in "ab")
+    dropped = {"betas", "model_ema.decay", "cond_stage_model.model.logit_scale"}
+    assert before.keys() - after.keys() == dropped
+    assert all(torch.equal(v, before[n]) for n, v in after.items())
+
+
+def test_a_latent_consistency_model_draws_the_same_pictures(tmp_path: Path) -> None:
+    """Four of the fifty steps that it was trained on, the scale told to the net."""
+    path = pipeline(tmp_path, "lcm")
+    system = sfumato.load(path)
+    options = system.config.stages[0].defaults
+    assert (options.sampler, options.steps, options.guidance) == ("lcm", 4, Embedded(8.5))
+
+    def theirs(folder: Path, scale: float) -> torch.Tensor:
+        pipe = diffusers.LatentConsistencyModelPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        asked = {"num_inference_steps": 4, "guidance_scale": scale, "output_type": "pt"}
+        return pipe(TEXTS, generator=generators, **asked).images
+
+    def mine(loaded: sfumato.System, scale: float) -> torch.Tensor:
+        inputs = Inputs(n=2, text=TEXTS, size=(16, 16))
+        return (loaded.run(inputs, loaded.resolve(guidance=scale), seed=SEEDS).low_res + 1) / 2
+
+    expected = theirs(path, 8.5)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(mine(system, 8.5), expected, rtol=0, atol=1e-3)
+    other = mine(system, 2.0)
+    assert (other - expected).abs().max() > 1e-2
+    torch.testing.assert_close(other, theirs(path, 2.0), rtol=0, atol=1e-3)
+    sfumato.save(system, tmp_path / "again", layout="unet-diffusers")
+    assert torch.equal(theirs(tmp_path / "again", 8.5), expected)
+
+
+def test_the_published_latent_consistency_net_both_ways() -> None:
+    (part,) = LAYOUTS["unet-diffusers"].parts
+    sizes = {"cross_attention_dim": 768, "attention_head_dim": 8, "time_cond_proj_dim": 256}
+    with torch.device("meta"):
+        state = diffusers.UNet2DConditionModel(**sizes).state_dict()
+    config = part.config(part.settings({n: tuple(v.shape) for n, v in state.items()}, sizes))
+    with torch.device("meta"):
+        net = part.build(config)
+    assert sum(p.numel() for p in net.parameters()) == 859_602_884
+    rows = part.names(config)
+    back = rows.save(rows.load(state, where="published"), where="ours")
+    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in state.items()}
+    assert {k: part.published(config, {})[k] for k in sizes} == sizes

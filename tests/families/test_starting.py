@@ -11,8 +11,12 @@ import torch
 
 from sfumato.checkpoints.adapters import read_adapters
 from sfumato.checkpoints.native import read_folder
+from sfumato.core.types import Inputs
 from sfumato.families import RECIPES
+from sfumato.nets.controlnet import fresh_control
 from sfumato.nets.lora import LoraConfig, attach, merge, restore
+from sfumato.systems.adapting import controlled
+from sfumato.systems.system import load_system
 from sfumato.training.recipe import Recipe
 from sfumato.training.run import train
 
@@ -144,3 +148,37 @@ def test_a_class_that_the_net_has_no_row_for_is_named(pictures, tmp_path):
 def test_settings_that_exclude_each_other(task, said):
     with pytest.raises(ValueError, match=said):
         replace(RECIPES["toy-dit"]().task, **task)
+
+
+def test_a_control_net_alone_is_trained_and_steers_its_base(pictures, tmp_path):
+    train(toy("toy-unet", pictures, tmp_path / "base", images=8))
+    base = load_system(tmp_path / "base/system")
+    before = weights(tmp_path / "base/system")
+    out = tmp_path / "run"
+    recipe = toy("toy-control", pictures, out, images=32, init=tmp_path / "base")
+    system = train(replace(recipe, trainer=replace(recipe.trainer, preview_every=32)))
+    assert set(read_folder(system).parts.nets) == {"control"}
+    assert list((out / "previews").iterdir())
+    control = weights(system, "control")
+    copied = {name.removeprefix("encoder."): v for name, v in control.items() if name.startswith("encoder.")}
+    assert all(v.shape == before[f"encoder.{name}"].shape for name, v in copied.items())
+    assert any(v.abs().sum() > 0 for name, v in control.items() if name.startswith("zero."))
+    steered = controlled(base, system)
+    white, black = (torch.full((1, 3, 16, 16), value) for value in (1.0, -1.0))
+    drawn = [steered.run(Inputs(n=1, text=["red bar"], hint=hint)).low_res for hint in (white, black)]
+    assert not torch.equal(*drawn)
+    fresh = fresh_control(base.parts.nets["denoiser"], 1)
+    untouched = controlled(base, fresh).run(Inputs(n=1, text=["red bar"], hint=white)).low_res
+    assert torch.equal(untouched, base.run(Inputs(n=1, text=["red bar"])).low_res)
+
+
+def test_what_a_control_net_cannot_be_trained_on(base, pictures, tmp_path):
+    with pytest.raises(ValueError, match="draws with a DiT, and a ControlNet steers a U-Net: set"):
+        train(toy("toy-control", pictures, tmp_path / "run", init=base))
+    with pytest.raises(ValueError, match="control needs init, the folder of a trained system"):
+        toy("toy-control", pictures, tmp_path / "run", init=None, net=RECIPES["toy-unet"]().task.net)
+    with pytest.raises(ValueError, match="control leaves the net of init as it is: set net to None"):
+        toy("toy-control", pictures, tmp_path / "run", lora=LoraConfig(rank=2))
+    recipe = toy("toy-control", pictures, tmp_path / "run", init=base)
+    with pytest.raises(ValueError, match=r"a ControlNet has no validation loss; leave out validation\.split"):
+        train(replace(recipe, validation=replace(recipe.validation, share=0.2)))

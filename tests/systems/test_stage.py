@@ -13,7 +13,7 @@ from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Progress
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))  # that one is for indices of a table
 def test_every_sampler_reaches_the_data(attractor_stage, name):
     stage = attractor_stage()
     options = SampleOptions(sampler=name, steps=8)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer as Oracle
 
-from sfumato.text.clip import CLIPTokenizer
+from sfumato.text.clip import clip_tokenizer
 
 MERGES = ["r e", "re d</w>", "h e", "a r", "he ar", "hear t</w>", "i t", "' s</w>", "c a", "ca t</w>", "1 2"]
 TEXTS = (
@@ -46,15 +46,14 @@ def folder(tmp_path: Path) -> Path:
 def test_ids_are_those_of_transformers(folder: Path) -> None:
     theirs = Oracle(str(folder / "vocab.json"), str(folder / "merges.txt"))
     expected = theirs(list(TEXTS), padding="max_length", truncation=True, max_length=20)["input_ids"]
-    assert CLIPTokenizer(folder, 20)(TEXTS).tolist() == expected
+    assert clip_tokenizer(folder, context=20)(TEXTS)[0].tolist() == expected
     theirs.save_pretrained(folder / "whole")
     assert (folder / "whole/tokenizer.json").is_file()
-    assert CLIPTokenizer(folder / "whole", 20)(TEXTS).tolist() == expected
+    assert clip_tokenizer(folder / "whole", context=20)(TEXTS)[0].tolist() == expected
 
 
 def test_texts_are_cut_and_padded(folder: Path) -> None:
-    tokenizer = CLIPTokenizer(folder)
-    found = tokenizer(["red heart", "x " * 100])
+    found, _ = clip_tokenizer(folder)(["red heart", "x " * 100])
     assert found.shape == (2, 77)
     end = int(found[0, -1])
     assert found[0].tolist()[3:] == [end] * 74
@@ -65,7 +64,7 @@ def test_texts_are_cut_and_padded(folder: Path) -> None:
 def test_folders_without_a_vocabulary(folder: Path, tmp_path: Path) -> None:
     (folder / "merges.txt").unlink()
     with pytest.raises(ValueError, match="holds no CLIP vocabulary"):
-        CLIPTokenizer(folder)
+        clip_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
-        CLIPTokenizer(folder)
+        clip_tokenizer(folder)

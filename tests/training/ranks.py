@@ -90,17 +90,20 @@ def die(images: int) -> None:
 
 def same_words(folder: Path) -> None:
     """Let all runs have one tokenizer: learned again, equally frequent pairs may come in another order."""
-    from sfumato.training.jobs import denoiser
+    from sfumato.training.jobs import denoiser, first_stage
 
-    learn, kept = denoiser._vocabulary, folder / "tokenizer.json"
+    learn = denoiser.vocabulary_of
 
-    def learned(place, vocab_size, context):
-        if not kept.exists():
-            kept.write_text(learn(place, vocab_size, context))
-        (place.out / "tokenizer.json").write_text(kept.read_text())
-        return kept.read_text()
+    def learned(place, *sizes, **options):
+        kept, own = folder / f"tokenizer-{'-'.join(options)}.json", place.out / "tokenizer.json"
+        if place.world.leads and kept.exists():
+            own.write_text(kept.read_text())
+        found = learn(place, *sizes, **options)
+        if place.world.leads and not kept.exists():
+            kept.write_text(own.read_text())
+        return found
 
-    denoiser._vocabulary = learned
+    denoiser.vocabulary_of = first_stage.vocabulary_of = learned
 
 
 def scenario(folder: Path, text: str, kill: int | None) -> None:

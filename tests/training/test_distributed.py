@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sfumato.training.log import read_log
@@ -82,6 +83,17 @@ def test_two_processes_equal_one_and_any_number_takes_up_what_they_have_saved(tm
     assert len(list((tmp_path / "fsdp").glob("checkpoints/*36/shards/*.safetensors"))) == 2
     previews = [(tmp_path / name / "previews" / "000000000036.png").read_bytes() for name in ("one", "ddp")]
     assert previews[0] == previews[1]
+
+
+def test_a_clip_compares_the_pairs_of_all_processes(tmp_path):
+    run(tmp_path, "clip1:toy-clip:1:replicate", "clip2:toy-clip:2:replicate")
+    one, two = (load_file(tmp_path / name / "system/clip.safetensors") for name in ("clip1", "clip2"))
+    for key, tensor in one.items():
+        error = (tensor.double() - two[key].double()).abs()
+        if key.endswith("qkv.bias"):  # that of the keys changes no softmax: its gradient is rounding alone
+            error = torch.cat([error.chunk(3)[i] for i in (0, 2)])
+        # Adam divides by gradients that are small; a wrong gradient moves weights by 1e-3 and more.
+        assert float(error.max()) <= 1e-5, key
 
 
 def test_adapters_unets_and_both_phases_of_an_autoencoder_train_in_two_processes(tmp_path):

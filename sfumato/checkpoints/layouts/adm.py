@@ -41,6 +41,7 @@ ABSENT = ("transformer.", "encoder_pooling.", "clip_emb.")
 """Prefixes of names in files of other families that have these blocks."""
 FREE: Settings = {
     "image_size": None,
+    "small_size": None,
     "dropout": 0.0,
     "num_heads": None,
     "num_head_channels": -1,
@@ -60,10 +61,18 @@ DIFFUSION: Settings = {
     "predict_xstart": False,
     "rescale_timesteps": False,
     "rescale_learned_sigmas": False,
+    "sigma_small": False,
+    "clip_denoised": True,
+    "use_ddim": False,
 }
-"""The reference's flags of its diffusion, that a system needs and a net does not."""
+"""The reference's flags of its diffusion and sampling, that a system needs and a net does not."""
 
-_ADM: Settings = {"num_head_channels": 64, "noise_schedule": "linear", "diffusion_steps": 1000}
+_ADM: Settings = {
+    "num_head_channels": 64,
+    "noise_schedule": "linear",
+    "diffusion_steps": 1000,
+    "timestep_respacing": "250",
+}
 _HEADS_4: Settings = {**_ADM, "num_heads": 4, "num_head_channels": -1}
 _LSUN: Settings = {**_ADM, "image_size": 256, "dropout": 0.1}
 _IDDPM: Settings = {
@@ -84,8 +93,8 @@ FILES: Mapping[str, Settings] = {
     "256x256_diffusion": {**_ADM, "image_size": 256},
     "256x256_diffusion_uncond": {**_ADM, "image_size": 256},
     "512x512_diffusion": {**_ADM, "image_size": 512},
-    "64_256_upsampler": {**_HEADS_4, "image_size": 256},
-    "128_512_upsampler": {**_ADM, "image_size": 512},
+    "64_256_upsampler": {**_HEADS_4, "image_size": 256, "small_size": 64},
+    "128_512_upsampler": {**_ADM, "image_size": 512, "small_size": 128},
     "lsun_bedroom": _LSUN,
     "lsun_cat": _LSUN,
     "lsun_horse": _LSUN,
@@ -98,6 +107,7 @@ FILES: Mapping[str, Settings] = {
     "upsample_cond_500K": {
         **_IDDPM,
         "image_size": 256,
+        "small_size": 64,
         "noise_schedule": "linear",
         "rescale_timesteps": False,
     },
@@ -121,7 +131,6 @@ def of_script(given: Settings) -> dict[str, object]:
     for theirs, ours in (("num_channels", "model_channels"), ("large_size", "image_size")):
         if theirs in rest:
             rest.setdefault(ours, rest.pop(theirs))
-    rest.pop("small_size", None)
     return rest
 
 

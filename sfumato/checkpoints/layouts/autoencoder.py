@@ -292,8 +292,10 @@ LAYOUTS("vae-compvis")(
                 config=_config,
                 names=lambda config: _names(config, COMPVIS),
                 published=_compvis_published,
+                aliases=(("first_stage_model.", ""), ("vae.", "")),  # cut out of a whole file
             ),
         ),
         ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"),
+        absent=("model.diffusion_model.",),
     )
 )

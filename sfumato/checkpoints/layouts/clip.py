@@ -1,7 +1,7 @@
 """Published weights of CLIP: the names of OpenAI and OpenCLIP, and those of the model hub.
 
 Shapes say all of a tower but its heads and its GELU. Those are read from a JSON file beside the weights,
-`config.json` of the model hub or `open_clip_config.json`.
+`config.json` of the model hub or `open_clip_config.json`; OpenAI's own files have them by rule.
 """
 
 from __future__ import annotations
@@ -9,16 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from sfumato.checkpoints.files import read_tensors
+from sfumato.checkpoints.files import read_tensors, write_safetensors
 from sfumato.checkpoints.keymap import SAME, TRANSPOSED, KeyMap, Leaf, LeafTable, Row, stacked
 from sfumato.checkpoints.weights import assign, parameter_free
 from sfumato.nets.clip import CLIP, Activation, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
-__all__ = ["hub_map", "hub_text_map", "open_map", "open_text_map", "read_clip"]
+__all__ = [
+    "hub_map",
+    "hub_text_map",
+    "hub_vision_map",
+    "open_map",
+    "open_text_map",
+    "read_clip",
+    "write_clip",
+]
 
 # Of the file but not of the net: row numbers, and what OpenAI's archives say of their shapes.
 IGNORED = (
@@ -74,12 +82,16 @@ def open_text_map(config: CLIPTextConfig) -> KeyMap:
     return KeyMap.of([("", "", OPEN_TEXT), *blocks]) + _projection("text_projection", config.embed)
 
 
+def hub_vision_map(config: CLIPVisionConfig) -> KeyMap:
+    """Names of a vision tower on the model hub, to those of CLIPVision."""
+    blocks = [(f"encoder.layers.{i}", f"blocks.{i}", HUB_BLOCK) for i in range(config.depth)]
+    tower = KeyMap.of([("", "", HUB_VISION), *blocks]).under("vision_model")
+    return tower + _projection("visual_projection.weight", config.embed)
+
+
 def hub_map(config: CLIPConfig) -> KeyMap:
     """Names of the model hub."""
-    blocks = [(f"encoder.layers.{i}", f"blocks.{i}", HUB_BLOCK) for i in range(config.vision.depth)]
-    vision = KeyMap.of([("", "", HUB_VISION), *blocks]).under("vision_model")
-    vision += _projection("visual_projection.weight", config.vision.embed)
-    return _both(hub_text_map(config.text), vision)
+    return _both(hub_text_map(config.text), hub_vision_map(config.vision))
 
 
 def open_map(config: CLIPConfig) -> KeyMap:
@@ -94,11 +106,12 @@ def read_clip(path: Path) -> CLIP:
 
     Raises: ValueError in one line with the file and what is wrong in it.
     """
-    state = {name: v for name, v in read_tensors(path).items() if name not in IGNORED}
+    tensors = read_tensors(path)
+    state = {name: v for name, v in tensors.items() if name not in IGNORED}
     hub = "text_model.embeddings.token_embedding.weight" in state
     if not hub and "token_embedding.weight" not in state:
         raise ValueError(f"{path} is no CLIP: it has no tensor 'token_embedding.weight'")
-    said = _said(path)
+    said = _by_rule(state) if "input_resolution" in tensors else _said(path)
     try:
         config = CLIPConfig(vision=_vision(state, hub, said), text=_text(state, hub, said))
     except (KeyError, IndexError) as error:
@@ -109,12 +122,61 @@ def read_clip(path: Path) -> CLIP:
     return net.eval()
 
 
+def write_clip(net: CLIP, folder: Path, layout: Literal["hub", "open"]) -> None:
+    """Weights and their JSON as `read_clip` takes them: for transformers, or for OpenCLIP."""
+    v, t = net.config.vision, net.config.text
+    names = hub_map(net.config) if layout == "hub" else open_map(net.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, config = ("model", "config") if layout == "hub" else ("open_clip_model", "open_clip_config")
+    write_safetensors(folder / f"{stem}.safetensors", names.save(net.state_dict(), where="CLIP"))
+    if layout == "hub":
+        gelu = {ours: theirs for theirs, ours in GELUS.items()}
+        sizes: dict[str, dict[str, Any]] = {
+            f"{name}_config": {
+                "hidden_size": c.width,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "intermediate_size": c.hidden,
+                "projection_dim": c.embed,
+                "hidden_act": gelu[c.activation],
+            }
+            for name, c in (("text", t), ("vision", v))
+        }
+        # 2 means the highest id; another number is that of the end token.
+        sizes["text_config"] |= {
+            "vocab_size": t.vocab,
+            "max_position_embeddings": t.context,
+            "eos_token_id": 2,
+        }
+        sizes["vision_config"] |= {"image_size": v.side, "patch_size": v.patch}
+        told = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": v.embed, **sizes}
+    else:
+        vision: dict[str, float] = {
+            "image_size": v.side,
+            "patch_size": v.patch,
+            "width": v.width,
+            "layers": v.depth,
+        }
+        text = {"context_length": t.context, "vocab_size": t.vocab, "width": t.width, "layers": t.depth}
+        vision |= {"head_width": v.width // v.heads, "mlp_ratio": v.hidden / v.width}
+        cfg = {"embed_dim": v.embed, "vision_cfg": vision, "text_cfg": {**text, "heads": t.heads}}
+        told = {"model_cfg": {**cfg, "quick_gelu": v.activation == "quick"}}
+    (folder / f"{config}.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+
+
 class Said(NamedTuple):
     """What the JSON file says of both towers."""
 
     vision_heads: int
     text_heads: int
     activation: Activation
+
+
+def _by_rule(state: Mapping[str, Tensor]) -> Said:
+    """Of OpenAI's files, which have heads of 64 channels."""
+    widths = (state[name].shape[1] for name in ("visual.positional_embedding", "positional_embedding"))
+    vision, text = (max(width // 64, 1) for width in widths)
+    return Said(vision, text, "quick")
 
 
 def _said(path: Path) -> Said:

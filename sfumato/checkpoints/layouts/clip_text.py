@@ -78,6 +78,8 @@ def _config(settings: Settings) -> CLIPTextConfig:
 
 
 def _published(c: CLIPTextConfig, extra: Settings) -> dict[str, object]:
+    if c.end is not None:
+        raise ValueError("this text tower was taught words, which a CLIPTextModel has not: save its base")
     acts = {ours: theirs for theirs, ours in GELUS.items()}
     return {
         "model_type": "clip_text_model",

@@ -34,7 +34,13 @@ from sfumato.nets.unet import UNet, UNetConfig
 
 __all__: list[str] = []  # everything is reached through LAYOUTS
 
-TEXT_FREE: Settings = {"xf_heads": None, "xf_final_ln": True, "xf_ar": 0.0, "share_unemb": False}
+TEXT_FREE: Settings = {
+    "xf_heads": None,
+    "xf_final_ln": True,
+    "xf_ar": 0.0,
+    "share_unemb": False,
+    "tokenizer": None,
+}
 BLOCK: LeafTable = {
     "attn.c_proj": "attention.out",
     "ln_1": "norm1",
@@ -46,12 +52,26 @@ OF_TEXT = ("transformer.", "final_ln.", "token_embedding.", "positional_embeddin
 OF_UNET = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "transformer_proj.")
 CHANNELS = ((1, 0), (2, 0), (2, 1), (3, 1))
 """Plain; with a low-resolution picture; with a masked picture and its mask; with all three."""
-_BASE: Settings = {"image_size": 64, "num_head_channels": 64, "dropout": 0.1, "xf_heads": 8}
+_BASE: Settings = {
+    "image_size": 64,
+    "num_head_channels": 64,
+    "dropout": 0.1,
+    "xf_heads": 8,
+    "noise_schedule": "squaredcos_cap_v2",
+    "timestep_respacing": "100",
+}
+_UP: Settings = {
+    **_BASE,
+    "image_size": 256,
+    "small_size": 64,
+    "noise_schedule": "linear",
+    "timestep_respacing": "fast27",
+}
 FILES: Mapping[str, Settings] = {
-    "base": {**_BASE, "noise_schedule": "squaredcos_cap_v2"},
-    "base_inpaint": {**_BASE, "noise_schedule": "squaredcos_cap_v2"},
-    "upsample": {**_BASE, "image_size": 256, "noise_schedule": "linear"},
-    "upsample_inpaint": {**_BASE, "image_size": 256, "noise_schedule": "linear"},
+    "base": _BASE,
+    "base_inpaint": _BASE,
+    "upsample": _UP,
+    "upsample_inpaint": _UP,
 }
 """Published file -> what its tensors do not tell."""
 
@@ -178,4 +198,4 @@ UNET = Part(
     known=(*FREE, *DIFFUSION),
 )
 _MARKS = ("transformer_proj.weight", "transformer.resblocks.0.attn.c_qkv.weight", "input_blocks.0.0.weight")
-LAYOUTS("glide")(Layout((UNET, TEXT), _MARKS, files=FILES))
+LAYOUTS("glide")(Layout((UNET, TEXT), _MARKS, files=FILES, vocabulary="gpt2"))

@@ -39,7 +39,7 @@ class Part(Generic[C]):
         names: the rows of our config.
         published: the settings of our config, for writing; ValueError if the reference cannot compute it. A
             second argument has what the net does not know, such as the size of its pictures.
-        prefix: of its names in a file with several parts.
+        prefix: of its names in the file; a file of one net, or its copy by others, may lack it.
         constants: tensors of the file that follow from the settings; written, and compared when read.
         aliases: (old, new) pieces of names: what older files say, and what the rows say.
         known: names that settings may have; others in a config.json are passed over.
@@ -80,21 +80,27 @@ class Layout:
         files: stem of a published file -> settings that its tensors do not tell.
         diffusers: the class that a diffusers folder names in its config.json, which makes the layout one of
             folders; "" = it is one of files.
-        library: which that class is from.
-        pad: what fills short texts, where the file has a text tower of CLIP; its vocabulary lies beside it.
+        library: which that class is from; or the pipelines of diffusers that it is part of.
+        pads: name of a tokenizer -> what fills its short texts, where the file has text towers of CLIP; their
+            vocabulary lies beside it.
+        markers: names of tensors that say something of the denoiser -> that setting.
+        vocabulary: "gpt2" or "clip" if it is of one of these, in a length that the tower tells.
     """
 
     parts: tuple[Part[Any], ...]
     marks: tuple[str, ...]
     diffusers: str = ""
-    library: Literal["diffusers", "transformers"] = "diffusers"
+    library: Literal["diffusers", "transformers", "stable_diffusion"] = "diffusers"
     absent: tuple[str, ...] = ()
     files: Mapping[str, Settings] = field(default_factory=dict)
-    pad: str = ""
+    pads: Mapping[str, str] = field(default_factory=dict)
+    markers: Mapping[str, Settings] = field(default_factory=dict)
+    vocabulary: Literal["", "clip", "gpt2"] = ""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""
         names = {part.renamed(name) for part in self.parts for name in shapes}
+        names |= {name.removeprefix(part.prefix) for part in self.parts for name in names}
         others = bool(self.absent) and any(name.startswith(self.absent) for name in names)
         return all(mark in names for mark in self.marks) and not others
 

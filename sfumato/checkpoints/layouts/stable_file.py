@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 1 and 2: U-Net, first stage and text tower in one."""
+"""Single files of Stable Diffusion 1 and 2 and of SDXL: U-Net, first stage and text towers in one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _open(shapes: Shapes, given: Settings) -> Settings:
         "width": width,
         "layers": indices(shapes, "transformer.resblocks"),
         "hidden": shape_of(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        "embed_dim": shape_of(shapes, "text_projection", 2)[1],
+        # Files that were made of diffusers' folders have neither it nor the last block.
+        "embed_dim": shape_of(shapes, "text_projection", 2)[1] if "text_projection" in shapes else 0,
     }
     return settled(given, read, {"heads": max(width // HEAD, 1)})
 
@@ -67,7 +68,7 @@ def _open_published(c: CLIPTextConfig, extra: Settings) -> dict[str, object]:
     return {"width": c.width, "layers": c.depth, "heads": c.heads, "embed_dim": c.embed}
 
 
-FIRST = replace(clip_text.PART, prefix="cond_stage_model.transformer.", settings=_openai)
+FIRST = replace(clip_text.PART, settings=_openai)
 SECOND = Part(
     name="text_encoder",
     build=CLIPText,
@@ -75,18 +76,41 @@ SECOND = Part(
     config=_open_config,
     names=lambda config: open_text_map(config) + KeyMap((), ("logit_scale", "attn_mask")),
     published=_open_published,
-    prefix="cond_stage_model.model.",
 )
 NET = tuple(
     f"{UNET.prefix}{n}.weight" for n in ("input_blocks.0.0", "middle_block.1.proj_in", "time_embed.0")
 )
 FIRST_STAGE = f"{VAE.prefix}decoder.up.0.block.0.conv1.weight"
-TOKENS = {
-    "sd1-compvis": "transformer.text_model.embeddings.token_embedding",
-    "sd2-compvis": "model.token_embedding",
+CONTROLLED = ("control_model.",)  # with these a file is one of the layouts in `controlnet`
+OPENAI, OPEN = "<|endoftext|>", "!"  # what short texts are filled with
+MARKERS: dict[str, Settings] = {"v_pred": {"parameterization": "v"}, "ztsnr": {"zero_snr": True}}
+Tower = tuple[Part[CLIPTextConfig], str, str]
+"""A tower, its name, and its prefix in the file."""
+TOWERS: dict[str, tuple[Tower, ...]] = {
+    "sd1-compvis": ((FIRST, "text_encoder", "cond_stage_model.transformer."),),
+    "sd2-compvis": ((SECOND, "text_encoder", "cond_stage_model.model."),),
+    "sdxl-compvis": (
+        (FIRST, "text_encoder", "conditioner.embedders.0.transformer."),
+        (SECOND, "text_encoder_2", "conditioner.embedders.1.model."),
+    ),
+    "sdxl-refiner-compvis": ((SECOND, "text_encoder_2", "conditioner.embedders.0.model."),),
 }
+
+
+def _whole(towers: tuple[Tower, ...]) -> Layout:
+    parts = tuple(replace(part, name=name, prefix=prefix) for part, name, prefix in towers)
+    table = {id(FIRST): "text_model.embeddings.token_embedding", id(SECOND): "token_embedding"}
+    marks = tuple(f"{prefix}{table[id(part)]}.weight" for part, _, prefix in towers)
+    pads = {
+        name.replace("text_encoder", "tokenizer"): OPENAI if part is FIRST else OPEN
+        for part, name, _ in towers
+    }
+    return Layout(
+        (UNET, VAE, *parts), (*NET, FIRST_STAGE, *marks), pads=pads, markers=MARKERS, absent=CONTROLLED
+    )
+
+
 # Of those that fit a file the first is meant: the whole before its U-Net alone.
-for _name, _tower, _pad in (("sd1-compvis", FIRST, "<|endoftext|>"), ("sd2-compvis", SECOND, "!")):
-    _marks = (*NET, FIRST_STAGE, f"cond_stage_model.{TOKENS[_name]}.weight")
-    LAYOUTS(_name)(Layout((UNET, VAE, _tower), _marks, pad=_pad))
-LAYOUTS("unet-compvis")(Layout((UNET,), NET))
+for _name, _towers in TOWERS.items():
+    LAYOUTS(_name)(_whole(_towers))
+LAYOUTS("unet-compvis")(Layout((UNET,), NET, markers=MARKERS, absent=CONTROLLED))

@@ -15,6 +15,12 @@ from sfumato.nets.unet import LevelConfig, UNetConfig
 __all__ = ["Dialect", "Stack", "attentions", "config_of", "names_of", "stack_of", "supported"]
 
 Rows = list[tuple[str, str, LeafTable]]
+SELF: LeafTable = {
+    "group_norm": "norm",
+    **{f"to_{name}": f"attention.{name}" for name in ("q", "k", "v")},
+    "to_out.0": "attention.out",
+}
+"""Attention of pixels among themselves in diffusers' names."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,22 @@ class Dialect:
         down, up: residual block, attention, change of resolution.
         middle: residual block, attention, residual block.
         top: layers outside the blocks.
+        guidance: the projection of a scale that a distilled net is told.
         block: layers of a residual block.
         skip: its 1x1 convolution, if the width changes.
         extra: layers of a term that is added to the embedding of time.
+        appended: layers of an attention of kind "appended".
     """
 
     down: tuple[str, str, str]
     up: tuple[str, str, str]
     middle: tuple[str, str, str]
     top: LeafTable
+    guidance: str
     block: LeafTable
     skip: str
     extra: Callable[[EmbedderConfig], LeafTable]
+    appended: Callable[[AttentionConfig], LeafTable] = lambda _: {}
 
     def layer(self, table: LeafTable, ours: str) -> str:
         """The name of one of our layers in one of the tables."""
@@ -49,8 +59,13 @@ class Dialect:
 def names_of(c: UNetConfig, d: Dialect) -> KeyMap:
     """The rows of a config."""
     rows: Rows = [("", "", d.top)]
+    if c.embedding.guidance_dim:
+        rows.append(("", "", {d.guidance: Leaf("encoder.embedding.guidance", tensors=("weight",))}))
     rows += [("", f"encoder.embedding.extras.{i}", d.extra(e)) for i, e in enumerate(c.embedding.extras)]
     n, width, skips = 1, c.levels[0].channels, [c.levels[0].channels]
+    change: tuple[str, LeafTable] = ("resample.conv", {"": ""})
+    if c.block.resample == "residual":
+        change = ("resample", d.block)
     for i, level in enumerate(c.levels):
         for j in range(level.blocks):
             theirs = [place.format(i=i, j=j, n=n) for place in d.down]
@@ -58,7 +73,7 @@ def names_of(c: UNetConfig, d: Dialect) -> KeyMap:
             n, width = n + 1, level.channels
             skips.append(width)
         if i + 1 < len(c.levels):
-            rows.append((d.down[2].format(i=i, n=n), f"encoder.blocks.{n - 1}.resample.conv", {"": ""}))
+            rows.append((d.down[2].format(i=i, n=n), f"encoder.blocks.{n - 1}.{change[0]}", change[1]))
             n, skips = n + 1, [*skips, width]
     rows += _block(d, d.middle[:2], "encoder.middle.0", False, c.middle)
     rows += _block(d, d.middle[2:], "encoder.middle.1", False, None)
@@ -69,7 +84,7 @@ def names_of(c: UNetConfig, d: Dialect) -> KeyMap:
             changes = width + skips.pop() != level.channels
             rows += _block(d, theirs, f"decoder.{n}", changes, level.attention)
             if j == level.blocks and i + 1 < len(c.levels):
-                rows.append((theirs[2], f"decoder.{n}.resample.conv", {"": ""}))
+                rows.append((theirs[2], f"decoder.{n}.{change[0]}", change[1]))
             n, width = n + 1, level.channels
     return KeyMap.of(rows)
 
@@ -78,7 +93,11 @@ def _block(
     d: Dialect, theirs: Sequence[str], ours: str, skip: bool, attention: AttentionConfig | None
 ) -> Rows:
     rows: Rows = [(theirs[0], f"{ours}.res", {**d.block, d.skip: "skip"} if skip else d.block)]
-    if attention is not None:
+    if attention is not None and attention.kind == "self":
+        rows.append((theirs[1], f"{ours}.attention", SELF))
+    elif attention is not None and attention.kind == "appended":
+        rows.append((theirs[1], f"{ours}.attention", d.appended(attention)))
+    elif attention is not None:
         around = squeezed(2, 3) if attention.conv_proj else None
         projections: LeafTable = {n: Leaf(n, around) if around else n for n in ("proj_in", "proj_out")}
         rows.append((theirs[1], f"{ours}.attention", {"norm": "norm", **projections}))
@@ -131,12 +150,15 @@ def stack_of(shapes: Shapes, d: Dialect) -> Stack:
         i, j = len(widths), 0
         first, attention, _ = (place.format(i=i, j=0, n=n) for place in d.down)
         widths.append(shape_of(shapes, f"{first}.{conv1}.weight", 4)[0])
-        places.append(attention if f"{attention}.proj_in.weight" in shapes else "")
+        marks = (f"{attention}.{layer}.weight" for layer in ("proj_in", "group_norm", "to_q"))
+        places.append(attention if any(mark in shapes for mark in marks) else "")
         while f"{d.down[0].format(i=i, j=j, n=n)}.{conv1}.weight" in shapes:
             j, n = j + 1, n + 1
         blocks.append(j)
-        if f"{d.down[2].format(i=i, n=n)}.weight" not in shapes:
-            return Stack(tuple(widths), tuple(blocks), (*places, d.middle[1]))
+        change = d.down[2].format(i=i, n=n)
+        if f"{change}.weight" not in shapes and f"{change}.{conv1}.weight" not in shapes:
+            middle = d.middle[1] if any(name.startswith(f"{d.middle[1]}.") for name in shapes) else ""
+            return Stack(tuple(widths), tuple(blocks), (*places, middle))
         n += 1
 
 
@@ -195,7 +217,12 @@ def config_of(
             for w, n, a in zip(stack.widths, stack.blocks, attention[:-1], strict=True)
         ),
         middle=attention[-1],
-        embedding=EmbeddingConfig(time_dim=time, dim=embed, extras=extras),
+        embedding=EmbeddingConfig(
+            time_dim=time,
+            dim=embed,
+            guidance_dim=shapes.get(f"{d.guidance}.weight", (0, 0))[1],
+            extras=extras,
+        ),
         tokens=TokensConfig(dim=context),
         block=block or BlockConfig(),
     )
@@ -212,6 +239,7 @@ def supported(c: UNetConfig, reference: str) -> None:
     if (
         c.middle is None
         or kinds != {"transformer"}
+        or any(level.once or not level.blocks for level in c.levels)
         or c.block != plain
         or t != TokensConfig(dim=c.token_dim)
         or (e.time_dim, e.dim, e.cos_first, e.shift)

@@ -22,7 +22,7 @@ from sfumato.nets.unet import UNet, UNetConfig
 __all__ = ["UNET"]
 
 REFERENCE = "the layout of CompVis"
-ASKED = ("num_heads", "num_head_channels", "parameterization")
+ASKED = ("num_heads", "num_head_channels", "parameterization", "zero_snr")
 PREDICTIONS = ("eps", "v")
 
 
@@ -43,6 +43,7 @@ DIALECT = Dialect(
         "out.0": "norm_out",
         "out.2": "conv_out",
     },
+    guidance="time_embed.cond_proj",
     block={
         "in_layers.0": "norm1",
         "in_layers.2": "conv1",
@@ -67,7 +68,8 @@ def _settings(shapes: Shapes, given: Settings) -> Settings:
     bare = config_of(shapes, DIALECT, attention, ())
     extras = _extras(shapes, bare.token_dim)
     config = replace(bare, embedding=replace(bare.embedding, extras=extras))
-    return {**_published(config, {}), "parameterization": predicts, OURS: config}
+    told = {"parameterization": predicts, "zero_snr": bool(given.get("zero_snr"))}
+    return {**_published(config, {}), **told, OURS: config}
 
 
 def _heads(shapes: Shapes, stack: Stack, given: Settings) -> list[int]:

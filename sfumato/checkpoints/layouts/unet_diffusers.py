@@ -21,7 +21,7 @@ from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.embedding import EmbedderConfig, Feature
 from sfumato.nets.unet import UNet, UNetConfig
 
-__all__: list[str] = []  # everything is reached through LAYOUTS
+__all__ = ["DIALECT"]  # all else is reached through LAYOUTS
 
 CLASS = "UNet2DConditionModel"
 # Arguments whose one value the nets of this family have; another is refused.
@@ -45,7 +45,6 @@ FIXED: dict[str, object] = {
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
@@ -81,6 +80,7 @@ DIALECT = Dialect(
         "conv_norm_out": "norm_out",
         "conv_out": "conv_out",
     },
+    guidance="time_embedding.cond_proj",
     block={**{n: n for n in ("norm1", "conv1", "norm2", "conv2")}, "time_emb_proj": "embed"},
     skip="conv_shortcut",
     extra=_extra,
@@ -196,6 +196,7 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         "cross_attention_dim": c.token_dim,
         "norm_num_groups": c.block.norm_groups,
         "norm_eps": c.block.norm_eps,
+        "time_cond_proj_dim": c.embedding.guidance_dim or None,
         **_embedder(c.embedding.extras),
     }
 
@@ -234,7 +235,7 @@ KNOWN = (
     *BY_LEVEL,
     *BY_ATTENTION,
     *("in_channels", "out_channels", "block_out_channels", "up_block_types", "use_linear_projection"),
-    *("cross_attention_dim", "num_attention_heads"),
+    *("cross_attention_dim", "num_attention_heads", "time_cond_proj_dim"),
     *("num_class_embeds", "class_embed_type", "projection_class_embeddings_input_dim"),
     *("addition_embed_type", "addition_time_embed_dim"),
 )

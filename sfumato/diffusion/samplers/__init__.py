@@ -1,6 +1,6 @@
 """The samplers; importing this package fills SAMPLERS."""
 
-from sfumato.diffusion.samplers.ancestral import ddim, ddpm, euler_ancestral
+from sfumato.diffusion.samplers.ancestral import ddim, ddpm, euler_ancestral, lcm
 from sfumato.diffusion.samplers.flow_sde import flow_sde
 from sfumato.diffusion.samplers.multistep import deis, dpmpp_2m, lms, plms, unipc
 from sfumato.diffusion.samplers.ode import dpm2, edm, euler, heun
@@ -20,6 +20,7 @@ __all__ = [
     "euler_ancestral",
     "flow_sde",
     "heun",
+    "lcm",
     "lms",
     "plms",
     "unipc",

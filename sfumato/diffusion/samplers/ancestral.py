@@ -13,7 +13,7 @@ from sfumato.diffusion.grid import Grid, Point
 from sfumato.diffusion.samplers.algebra import check_descends, combine
 from sfumato.diffusion.sampling import SAMPLERS, Run
 
-__all__ = ["Variances", "ddim", "ddpm", "euler_ancestral"]
+__all__ = ["Variances", "ddim", "ddpm", "euler_ancestral", "lcm"]
 
 
 @SAMPLERS("ddpm")
@@ -72,6 +72,22 @@ def euler_ancestral(run: Run, x: Tensor, i: int, *, eta: float = 1.0, s_noise: f
     k-diffusion's ancestral step: the rule of `ddim` with this eta (Song et al. 2021, arXiv:2010.02502).
     """
     return _denoise_and_renoise(run, x, i, eta, s_noise)
+
+
+@SAMPLERS("lcm")
+def lcm(run: Run, x: Tensor, i: int, *, scaling: float = 10.0) -> Tensor:
+    """x_s = alpha_s f + sigma_s z, f = (d^2 x_t + tau sqrt(tau^2 + d^2) x0) / (tau^2 + d^2), tau = scaling t.
+
+    For networks distilled to consistency over the indices t of a discrete schedule, with d = 0.5. For any
+    other network the steps do not converge to the data, whatever their number: there is no order.
+
+    Luo et al. 2023 (arXiv:2310.04378), algorithm 3; f is that of Song et al. 2023 (arXiv:2303.01469), eq. 5.
+    """
+    after, denoised = run.grid.points[i + 1], run.folded(x, i)
+    tau, d = scaling * float(run.grid.level(i).t), 0.5
+    total = tau**2 + d**2
+    clean = combine((d**2 / total, x), (tau / math.sqrt(total), denoised.x0))
+    return clean if after.sigma <= 0 else combine((after.alpha, clean), (after.sigma, run.noise(x)))
 
 
 class Variances:

@@ -5,9 +5,9 @@ DITS["dit-xl-2"]() is a DiTConfig.
 
 from __future__ import annotations
 
-from sfumato.nets.presets import latent, pixel
+from sfumato.nets.presets import imagen, latent, pixel
 from sfumato.nets.presets.first_stages import AUTOENCODERS
 from sfumato.nets.presets.registry import UNETS
 from sfumato.nets.presets.transformers import DITS
 
-__all__ = ["AUTOENCODERS", "DITS", "UNETS", "latent", "pixel"]
+__all__ = ["AUTOENCODERS", "DITS", "UNETS", "imagen", "latent", "pixel"]

@@ -14,7 +14,7 @@ from sfumato.checkpoints.native import MANIFEST, read_folder, strict_json
 from sfumato.nets import NETS
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.text import TextTransformer
-from sfumato.systems.conditioning import LabelConfig, TokenTextConfig
+from sfumato.systems.conditioning import InpaintConfig, LabelConfig, TokenTextConfig
 from sfumato.systems.config import About, CodecConfig, LatentsConfig, StageConfig, SystemConfig
 from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.tasks.denoising import DenoisingConfig
@@ -23,6 +23,9 @@ __all__ = ["Base", "BaseMark", "read_base", "take_over"]
 
 # The layers of each net that touch the sample; `partial` lets their shapes differ.
 TOUCHING = {"dit": ("patches.", "out."), "unet": ("encoder.conv_in.", "conv_out."), "mlp": ("enter.", "out.")}
+
+
+FIRST = "encoder.conv_in.weight"  # what reads the sample of a U-Net
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def read_base(path: Path, device: torch.device) -> Base:
             tower = read.parts.nets[conditioner.encoder]
             text = tower if isinstance(tower, TextTransformer) else None
             tokenizer = read.parts.tokenizers[conditioner.tokenizer]
-        if not isinstance(conditioner, LabelConfig) and text is None:
+        if not isinstance(conditioner, LabelConfig | InpaintConfig) and text is None:
             raise ValueError(
                 f"{folder} is conditioned by {conditioner.kind}; only texts of a tower of its own and labels "
                 "can be trained on"
@@ -122,12 +125,15 @@ def read_base(path: Path, device: torch.device) -> Base:
     return Base(folder, net, text, tokenizer, stage, first, about, read.fingerprint)
 
 
-def take_over(net: nn.Module, source: nn.Module, base: Base, what: str, *, partial: bool = False) -> None:
+def take_over(
+    net: nn.Module, source: nn.Module, base: Base, what: str, *, partial: bool = False, widened: bool = False
+) -> None:
     """Copy the weights of a base's net into a new one of the same shape.
 
     Args:
         what: the setting that the new net comes from, for errors.
         partial: keep the fresh weights of layers that touch the sample where their shapes differ.
+        widened: the new net may read more channels than the base's, whose weights are then zero.
 
     Raises: ValueError in one line that names the first tensor which differs, and both shapes.
     """
@@ -135,6 +141,8 @@ def take_over(net: nn.Module, source: nn.Module, base: Base, what: str, *, parti
         kinds = type(net).__name__, type(source).__name__
         raise ValueError(f"{what} is a {kinds[0]} and {base.path} holds a {kinds[1]}; {_fix(what)}")
     mine, theirs = net.state_dict(), source.state_dict()
+    if widened:
+        theirs = {name: _widened(v, mine[name]) if name == FIRST else v for name, v in theirs.items()}
     free = TOUCHING.get(NETS.tag(net), ()) if partial else ()
     for name in (*mine, *(name for name in theirs if name not in mine)):
         shapes = _shape(mine, name), _shape(theirs, name)
@@ -144,6 +152,12 @@ def take_over(net: nn.Module, source: nn.Module, base: Base, what: str, *, parti
             )
     fitting = {name: v for name, v in theirs.items() if name in mine and mine[name].shape == v.shape}
     net.load_state_dict({**mine, **fitting})
+
+
+def _widened(v: Tensor, like: Tensor) -> Tensor:
+    """The first convolution's weights with zeros for channels that it did not read."""
+    more = like.shape[1] - v.shape[1]
+    return torch.cat([v, v.new_zeros(len(v), more, *v.shape[2:])], dim=1) if more > 0 else v
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> str:

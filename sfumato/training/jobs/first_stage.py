@@ -1,10 +1,11 @@
-"""Jobs of the nets that come before a denoiser: the perceptual net and the autoencoder."""
+"""Jobs of the nets beside a denoiser: the perceptual net, the autoencoder, a classifier that guides."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -13,13 +14,25 @@ from sfumato.checkpoints.layouts.lpips import read_lpips
 from sfumato.checkpoints.native import Folder, Parts
 from sfumato.core.config import to_json
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIP
 from sfumato.nets.perceptual import FeatureDistance, PerceptualNet
-from sfumato.training.jobs.job import Job, Place, examples, picture_batches, settle, trained
+from sfumato.training.batches import check_captions, check_labels
+from sfumato.training.jobs.job import (
+    Job,
+    Place,
+    examples,
+    picture_batches,
+    settle,
+    trained,
+    vocabulary_of,
+)
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import Autoencoding, AutoencodingConfig
+from sfumato.training.tasks.classifying import Classifying, ClassifyingConfig
+from sfumato.training.tasks.contrastive import Contrastive, ContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWords, CaptionWordsConfig, vocabulary
 
-__all__ = ["autoencoding", "caption_words"]
+__all__ = ["autoencoding", "caption_words", "classifying", "contrastive"]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -71,5 +84,38 @@ def caption_words(recipe: Recipe, config: CaptionWordsConfig, place: Place) -> J
         net = copy.deepcopy(task.net)
         net.trunk.load_state_dict(averaged["trunk"].state_dict())
         return Folder(Parts({"perceptual": net}), {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)
+
+
+def classifying(recipe: Recipe, config: ClassifyingConfig, place: Place) -> Job:
+    """Publishes the classifier. Raises: ValueError if the data have other classes or sizes."""
+    check_labels(place.pictures, config.net.num_classes)
+    if config.net.pool == "attention" and config.net.size != recipe.data.size:
+        raise ValueError(
+            f"task.net.size is {config.net.size} and data.size {recipe.data.size}; attention pooling is "
+            "bound to the size, set them equal"
+        )
+    task = Classifying(config, examples(place))
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        return Folder(Parts({"classifier": averaged["classifier"]}), {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)
+
+
+def contrastive(recipe: Recipe, config: ContrastiveConfig, place: Place) -> Job:
+    """Publishes the CLIP and its tokenizer. Raises: ValueError if there are no captions."""
+    check_captions(place.pictures)
+    text = config.net.text
+    tokenizer = vocabulary_of(place, text.vocab, text.context, end_highest=True)
+    net = CLIP(replace(config.net, text=replace(text, vocab=tokenizer.vocab_size)))
+    task = Contrastive(net, tokenizer, examples(place), place.world)
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        parts = Parts({"clip": averaged["clip"]}, {"tokenizer": tokenizer})
+        return Folder(parts, {}, to_json(place.about), place.card)
 
     return Job(task, picture_batches(recipe, place), result)

@@ -12,15 +12,27 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.native import MANIFEST, Folder, read_folder
 from sfumato.core.image import to_float
+from sfumato.core.png import write_whole
 from sfumato.core.world import ALONE, World
 from sfumato.data.datasets import ImageFolder, stack
 from sfumato.data.order import Draw
 from sfumato.systems.config import About
+from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.batches import Batch, PictureBatches, order_of
 from sfumato.training.recipe import Recipe
 from sfumato.training.task import Task
 
-__all__ = ["Job", "Place", "examples", "part", "picture_batches", "settle", "spread", "trained"]
+__all__ = [
+    "Job",
+    "Place",
+    "examples",
+    "part",
+    "picture_batches",
+    "settle",
+    "spread",
+    "trained",
+    "vocabulary_of",
+]
 
 EXAMPLES = 8  # pictures that the preview of a first stage shows
 N = TypeVar("N", bound=nn.Module)
@@ -112,3 +124,17 @@ def trained(path: Path, kind: type[N], recipe: str, device: torch.device) -> N:
         raise ValueError(f"{folder} holds {len(nets)} networks of kind {kind.__name__}; expected one")
     settle({"net": nets[0]}, device)
     return nets[0].requires_grad_(False).eval()
+
+
+def vocabulary_of(place: Place, vocab_size: int, context: int, *, end_highest: bool = False) -> Tokenizer:
+    """A tokenizer learned from the captions once per run: again it need not give the same ids."""
+
+    def learned() -> str:
+        path = place.out / "tokenizer.json"
+        if not path.is_file():
+            texts = [text for text in place.pictures.texts if text]
+            own = Tokenizer.train(texts, vocab_size=vocab_size, context=context, end_highest=end_highest)
+            write_whole(path, own.to_json().encode())
+        return path.read_text("utf-8")
+
+    return Tokenizer.from_json(place.world.lead(learned))

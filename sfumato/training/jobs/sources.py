@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.checkpoints.native import MANIFEST, read_folder
+from sfumato.conditioners.image import unit
 from sfumato.core.image import to_float
 from sfumato.data.datasets import ImageFolder, stack
 from sfumato.data.order import Draw
 from sfumato.nets.autoencoder import Autoencoder
+from sfumato.nets.clip import CLIP
 from sfumato.nets.perceptual import PerceptualNet
+from sfumato.nets.prior import PriorConfig
 from sfumato.systems.config import CodecConfig, EmbeddingsConfig, LatentsConfig, PixelsConfig
+from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.batches import Batch, Draws, check_damage, on_device, open_folder
 from sfumato.training.jobs.base import Base
 from sfumato.training.jobs.job import Place, part, picture_batches, spread, trained
@@ -38,6 +44,7 @@ class Source:
         shape: of one sample, (C, h, w) or (D,).
         frozen: nets that the codec uses.
         vectors: the table behind the batches, for denoisers of embeddings.
+        clip: that reads the captions, and its tokenizer.
     """
 
     codec: CodecConfig
@@ -45,6 +52,7 @@ class Source:
     batches: Batches
     frozen: Mapping[str, nn.Module]
     vectors: Vectors | None = None
+    clip: tuple[CLIP, Tokenizer] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,11 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
 
     Raises: ValueError in one line if the nets that they need are missing or do not fit the data.
     """
+    if config.clip is not None:
+        return _of_clip(recipe, config, config.clip, place)
     if config.embedder is not None:
-        return _embeddings(recipe, config, place, base)
+        taps = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
+        return _embeddings(recipe, place, partial(_pooled, taps), base)
     if base is not None and isinstance(base.codec, EmbeddingsConfig):
         raise ValueError(f"{base.path} denoises embeddings; set task.embedder to the net that makes them")
     if config.autoencoder is not None:
@@ -101,15 +112,38 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
     if base is not None and base.autoencoder is not None:
         assert isinstance(base.codec, LatentsConfig)
         return _latents(recipe, config, place, base.autoencoder.requires_grad_(False), base.codec)
-    size, pictures = recipe.data.size, picture_batches(recipe, place)
-    return Source(PixelsConfig(), (3, size, size), pictures, {})
+    return _pixels(recipe, place)
 
 
-def embed_folder(net: PerceptualNet, folder: ImageFolder) -> Vectors:
-    """Spatial means of all taps of a perceptual net, side by side, for every picture of a folder."""
+def _pixels(recipe: Recipe, place: Place) -> Source:
+    size = recipe.data.size
+    return Source(PixelsConfig(), (3, size, size), picture_batches(recipe, place), {})
+
+
+def _of_clip(recipe: Recipe, config: DenoisingConfig, path: Path, place: Place) -> Source:
+    """Embeddings for a prior, else pictures; in both cases with the towers."""
+    if config.init is not None or config.autoencoder is not None:
+        raise ValueError("task.clip goes with neither init nor autoencoder: its decoder works on pixels")
+    clip = trained(path, CLIP, "openmoji-clip", place.device)
+    folder = path if (path / MANIFEST).is_file() else path / "system"
+    tokenizer = read_folder(folder, device=place.device).parts.tokenizers["tokenizer"]
+    source = _pixels(recipe, place)
+    if isinstance(config.net, PriorConfig):
+        source = _embeddings(recipe, place, partial(embedding_of, clip), None)
+    frozen = {"text_encoder": clip.text, "image_encoder": clip.vision}
+    return replace(source, frozen=frozen, clip=(clip, tokenizer))
+
+
+@torch.no_grad()
+def embedding_of(clip: CLIP, pictures: Tensor) -> Tensor:
+    """Embeddings (B, D) of pictures in [-1, 1], of mean square 1; on the CPU."""
+    return unit(clip.see(pictures.to(clip.logit_scale.device)).float()).cpu()
+
+
+def embed_folder(embed: Embed, folder: ImageFolder) -> Vectors:
+    """The embedding of every picture of a folder."""
     samples = folder.draw([Draw(i, i, 0) for i in range(len(folder))])
     check_damage(folder)
-    embed = partial(_pooled, net)
     labels = [sample.label for sample in samples if sample.label is not None]
     return Vectors(
         torch.cat([embed(to_float(chunk)) for chunk in stack(samples).split(CHUNK)]),
@@ -122,6 +156,7 @@ def embed_folder(net: PerceptualNet, folder: ImageFolder) -> Vectors:
 
 @torch.no_grad()
 def _pooled(net: PerceptualNet, images: Tensor) -> Tensor:
+    """Spatial means of all taps of a perceptual net, side by side."""
     taps = net.trunk(images.to(next(net.parameters()).device))
     return torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu()
 
@@ -172,13 +207,11 @@ def _survey(recipe: Recipe, net: Autoencoder, sizes: Sequence[tuple[int, int]] |
     return encode_folder(net, folder, sizes=None if sizes is None else spread(sizes, SURVEYED))
 
 
-def _embeddings(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base | None) -> Source:
-    """Features of a perceptual net, in the scale of the base if there is one."""
-    assert config.embedder is not None
+def _embeddings(recipe: Recipe, place: Place, embed: Embed, base: Base | None) -> Source:
+    """Embeddings in the scale of the base if there is one."""
     if recipe.data.augments:
         raise ValueError("embeddings are computed once for each picture; leave out data.flip, shift and crop")
-    net = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
-    vectors = embed_folder(net, place.pictures)
+    vectors = embed_folder(embed, place.pictures)
     std, mean = torch.std_mean(vectors.table.double(), dim=0, correction=0)
     std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a feature that is always off stays at zero
     codec: CodecConfig = EmbeddingsConfig(mean=tuple(mean.tolist()), std=tuple(std.tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sfumato.conditioners.base import Conditioner
 from sfumato.core.random import Noise
-from sfumato.core.types import Inputs
+from sfumato.core.types import Conditioning, Inputs
+from sfumato.data.degrade import DegradeConfig
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Discrete, Flow, ScheduleConfig
@@ -21,15 +22,18 @@ from sfumato.nets.autoencoder import DiagonalGaussian
 from sfumato.nets.dit import DiTConfig
 from sfumato.nets.lora import LoraConfig
 from sfumato.nets.mlp import MLPConfig
+from sfumato.nets.prior import PriorConfig
+from sfumato.nets.t5 import T5Config
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig
 from sfumato.systems.codec import Codec
+from sfumato.systems.conditioning import LowResConfig
 from sfumato.systems.options import SampleOptions
 from sfumato.systems.stage import Stage
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Denoising", "DenoisingConfig"]
+__all__ = ["Complete", "Denoising", "DenoisingConfig"]
 
 Posterior = Literal["sample", "mean"]
 
@@ -45,10 +49,15 @@ class DenoisingConfig:
             embeddings. None = the one of `init`.
         text: tower trained together with the net; `vocab_size` is an upper bound. None = none, or the one of
             `init`.
+        low_res: the net enlarges pictures: it has 3 channels more, for the picture made small and enlarged
+            again, with noise of a random level if there is a schedule; pixels only. None = it does not.
         autoencoder: folder of a trained first stage, or of a run that trained one; None = that of `init`, or
             pixels.
         embedder: folder of a trained perceptual net, or of a run that trained one: its pooled features are
             what is denoised.
+        clip: folder of a trained CLIP, or of a run that trained one. Its text tower reads the captions; a
+            prior denoises the embeddings of its pictures, and a net with image tokens is told them.
+        degrade: how the small picture of an upsampler is made, which its net takes as 3 more channels.
         posterior: whether latents are samples of the autoencoder's posterior or its means.
         cache: encode every picture once, before training, if the data are not augmented; and every caption,
             if the text tower is not trained.
@@ -60,6 +69,9 @@ class DenoisingConfig:
         uncertainty: number of features of a learned log-variance of the loss, see `weights.Uncertainty`;
             None = none.
         dropout: share of captions and labels that are replaced by null ones, for classifier-free guidance.
+        holes: train the net to fill holes too, for which it reads a masked picture and its mask: 2 C + 1
+            channels. Those that `init` lacks begin at zero. Pictures only.
+        dropout_image: share of image embeddings that are, independently of the captions.
         sampling: how previews and the finished system sample unless told otherwise.
         prompts: of the preview; picture i has seed i. Empty = captions of the data.
         init: folder of a system, or of a run that made one, whose training is taken up: net, text tower,
@@ -69,13 +81,18 @@ class DenoisingConfig:
         freeze_text: leave the text tower of `init` as it is.
         lora: train low-rank adapters of the net of `init` instead of the whole system.
         lora_text: the same for its text tower.
+        control: train a ControlNet for the U-Net of `init`, and nothing else, on what is made of the
+            pictures: "edges", see `core.image.edges`.
     """
 
     kind: Literal["denoising"] = "denoising"
-    net: DiTConfig | UNetConfig | MLPConfig | None = field(default_factory=DiTConfig)
-    text: TextTransformerConfig | None = None
+    net: DiTConfig | UNetConfig | MLPConfig | PriorConfig | None = field(default_factory=DiTConfig)
+    text: TextTransformerConfig | T5Config | None = None
+    low_res: LowResConfig | None = None
     autoencoder: Path | None = None
     embedder: Path | None = None
+    clip: Path | None = None
+    degrade: DegradeConfig | None = None
     posterior: Posterior = "sample"
     cache: bool = True
     latents: Path | None = None
@@ -85,6 +102,8 @@ class DenoisingConfig:
     objective: Objective = field(default_factory=Objective)
     uncertainty: int | None = None
     dropout: float = 0.1
+    holes: bool = False
+    dropout_image: float = 0.1
     sampling: SampleOptions = field(default_factory=SampleOptions)
     prompts: tuple[str, ...] = ()
     init: Path | None = None
@@ -92,14 +111,17 @@ class DenoisingConfig:
     freeze_text: bool = False
     lora: LoraConfig | None = None
     lora_text: LoraConfig | None = None
+    control: Literal["edges"] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; allowed: a share in [0, 1), such as 0.1")
+        for name, share in (("dropout", self.dropout), ("dropout_image", self.dropout_image)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is {share}; allowed: a share in [0, 1), such as 0.1")
         if self.autoencoder is not None and self.embedder is not None:
             raise ValueError("autoencoder and embedder are both given; choose what is to be denoised")
         if self.uncertainty is not None and self.uncertainty < 1:
             raise ValueError(f"uncertainty is {self.uncertainty} features; allowed: at least 1, such as 128")
+        self._check_clip()
         self._check_variance()
         self._check_init()
 
@@ -107,6 +129,16 @@ class DenoisingConfig:
     def adapts(self) -> bool:
         """Whether adapters are trained and nothing else."""
         return self.lora is not None or self.lora_text is not None
+
+    def _check_clip(self) -> None:
+        if self.clip is None and isinstance(self.net, PriorConfig):
+            raise ValueError("a prior denoises the embeddings of a CLIP: set task.clip to its folder")
+        if self.clip is not None and (self.text is not None or self.embedder is not None):
+            raise ValueError(
+                "task.clip reads the captions and embeds the pictures: leave out text and embedder"
+            )
+        if self.degrade is not None and self.autoencoder is not None:
+            raise ValueError("task.degrade is for an upsampler of pictures: leave out autoencoder")
 
     def _check_variance(self) -> None:
         vlb = self.objective.vlb
@@ -120,10 +152,15 @@ class DenoisingConfig:
 
     def _check_init(self) -> None:
         if self.init is None:
-            wants = [n for n in ("partial", "freeze_text", "lora", "lora_text") if getattr(self, n)]
+            names = ("partial", "freeze_text", "lora", "lora_text", "control")
+            wants = [n for n in names if getattr(self, n)]
             wants += ["no net"] if self.net is None else []
             if wants:
                 raise ValueError(f"{wants[0]} needs init, the folder of a trained system or of its run")
+        elif self.control is not None and (self.adapts or self.partial or self.net is not None):
+            raise ValueError(
+                "control leaves the net of init as it is: set net to None, and leave out lora and partial"
+            )
         elif self.partial and self.adapts:
             raise ValueError("partial leaves fresh layers, and lora does not train them; choose one")
         elif self.freeze_text and self.lora_text is not None:
@@ -139,6 +176,9 @@ class Remembering(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+Complete = Callable[[Inputs, Tensor, Noise], Inputs]
 
 
 class Denoising:
@@ -158,9 +198,15 @@ class Denoising:
     Attributes:
         embed: pictures (B, 3, H, W) in [-1, 1] -> embeddings (B, D), if those are what is denoised; set by
             the job, for the validation of the run.
+        complete: inputs, pictures and their noise -> inputs with what is told of the pictures themselves.
+        crop: side of the part of each picture that is trained on, a multiple of `cell`; None = all.
     """
 
     embed: Callable[[Tensor], Tensor] | None = None
+    complete: Complete | None = None
+    dropout_image = 0.0
+    crop: int | None = None
+    cell = 1
 
     def __init__(
         self,
@@ -191,14 +237,26 @@ class Denoising:
 
     def losses(self, batch: Batch, noise: Noise, moment: Moment) -> Iterator[Loss]:
         """See Task."""
+        if self.crop is not None:
+            batch = replace(batch, images=_cropped(batch.pictures, self.crop, self.cell, noise))
         x0 = self.clean(batch, noise)
         inputs = Inputs(n=len(batch), text=batch.text, label=batch.labels)
-        cond = self.conditioner(inputs, noise).to(x0.device)
-        keep = noise.uniform(torch.empty(len(batch))) >= self.dropout
-        null = self.conditioner.null(inputs, cond).to(x0.device)
-        cond = cond.select(keep.to(x0.device), null)
+        if self.complete is not None:
+            inputs = self.complete(inputs, batch.pictures, noise.fork("told"))
+        cond = self._told(inputs, noise, x0.device)
         losses = self.objective(self.denoiser, x0, cond, noise, uncertainty=self.uncertainty)
         yield Loss("denoiser", losses.loss.mean(), {name: v.mean() for name, v in losses.metrics.items()})
+
+    def _told(self, inputs: Inputs, noise: Noise, device: torch.device) -> Conditioning:
+        """What the net is told, with captions and labels dropped, and image embeddings independently."""
+        full = self.conditioner(inputs, noise).to(device)
+        keep = noise.uniform(torch.empty(inputs.n)) >= self.dropout
+        null = self.conditioner.null(inputs, full).to(device)
+        cond = full.select(keep.to(device), null)
+        if full.image_embed is None or null.image_embed is None:
+            return cond
+        keep = (noise.uniform(torch.empty(inputs.n, 1)) >= self.dropout_image).to(device)
+        return replace(cond, image_embed=torch.where(keep, full.image_embed, null.image_embed))
 
     def clean(self, batch: Batch, noise: Noise) -> Tensor:
         """What is to be denoised: pictures or latents (B, C, h, w), or embeddings (B, D).
@@ -216,3 +274,13 @@ class Denoising:
     def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
         """Pictures for the prompts by the averaged net and tower."""
         return self._draw(averaged)
+
+
+def _cropped(pictures: Tensor, side: int, cell: int, noise: Noise) -> Tensor:
+    """A random square of each picture whose corner is a multiple of `cell`."""
+    free = [(n - side) // cell + 1 for n in pictures.shape[-2:]]
+    if min(free) < 1:
+        raise ValueError(f"crops of {side} pixels from pictures of {tuple(pictures.shape[-2:])}; lower crop")
+    top, left = (noise.integers(n) * cell for n in free)
+    rows = zip(pictures, top.tolist(), left.tolist(), strict=True)
+    return torch.stack([p[:, t : t + side, x : x + side] for p, t, x in rows])

@@ -11,7 +11,7 @@ from transformers import CLIPConfig as OracleConfig
 from transformers import CLIPModel
 
 from sfumato.checkpoints.files import write_safetensors
-from sfumato.checkpoints.layouts.clip import hub_map, open_map, read_clip
+from sfumato.checkpoints.layouts.clip import hub_map, open_map, read_clip, write_clip
 from sfumato.nets.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVisionConfig
 
 HEADS = {"vision": 4, "text": 2}
@@ -72,6 +72,25 @@ def test_both_layouts_give_the_embeddings_of_transformers(gelu: str, tmp_path: P
     with torch.no_grad():
         close(again.text(ids).embedding, texts)
         close(again.vision(image), pictures)
+    for layout, name in (("hub", "model"), ("open", "open_clip_model")):
+        write_clip(net, tmp_path / layout, layout)
+        again = read_clip(tmp_path / layout / f"{name}.safetensors")
+        assert again.config == net.config
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    theirs = CLIPModel.from_pretrained(tmp_path / "hub").eval()
+    with torch.no_grad():
+        close(theirs.visual_projection(theirs.vision_model(image).pooler_output), pictures)
+        close(theirs.text_projection(theirs.text_model(ids).pooler_output), texts)
+
+
+def test_openai_s_files_need_no_json(tmp_path: Path) -> None:
+    towers = {"width": 128, "depth": 1, "heads": 2, "hidden": 64, "embed": 16}
+    text = CLIPTextConfig(vocab=30, context=6, **towers)
+    net = CLIP(CLIPConfig(vision=CLIPVisionConfig(side=8, patch=4, **towers), text=text))
+    state = open_map(net.config).save(net.state_dict(), where="net")
+    told = {"input_resolution": 8, "context_length": 6, "vocab_size": 30}
+    torch.save(state | {k: torch.tensor(v) for k, v in told.items()}, tmp_path / "a.pt")
+    assert read_clip(tmp_path / "a.pt").config == net.config
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
