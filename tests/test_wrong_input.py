@@ -243,10 +243,10 @@ def test_an_interrupt_keeps_what_is_done(tiny_folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     draw = Drawing.draw
 
-    def tired(self, system, observe=None):
+    def tired(self, *args):
         if self.seed == 1:
             raise KeyboardInterrupt
-        return draw(self, system, observe)
+        return draw(self, *args)
 
     monkeypatch.setattr(Drawing, "draw", tired)
     assert cli.main(["generate", "x", "--n", "3", "--system", str(tiny_folder)]) == 130

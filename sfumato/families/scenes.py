@@ -116,7 +116,7 @@ def scenes_dit() -> Recipe:
             decay=0.3,
             final=0.02,
         ),
-        trainer=TrainerConfig(images=330_000, batch=32, ema=0.995, preview_every=20_000, save_every=10_000),
+        trainer=TrainerConfig(images=310_000, batch=32, ema=0.995, preview_every=20_000, save_every=10_000),
         about=_about("Text-to-image latent diffusion on scenes, 64x64."),
     )
 

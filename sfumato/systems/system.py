@@ -192,9 +192,9 @@ class System:
     def _inputs(self, text: str | Sequence[str] | None, request: Request) -> Inputs:
         kinds = [c for stage in self.config.stages for c in stage.conditioners]
         classes = next((c for c in kinds if isinstance(c, LabelConfig)), None)
-        if classes and not self.reads_text and "label" not in request and text:
-            request = {**request, "label": [text] if isinstance(text, str) else text}
-            text = None
+        texts = [text] if isinstance(text, str) else text or ()
+        if classes and not self.reads_text and "label" not in request and any(texts):
+            request, text = {**request, "label": texts}, None
         if "reading" in request and not any(isinstance(c, ClipTextConfig) for c in kinds):
             raise ValueError("CLIP does not read the prompts of this system; leave out how it is to read")
         return inputs_for(text, request, self.size, classes.names if classes else ())
