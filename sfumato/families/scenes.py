@@ -80,7 +80,10 @@ def scenes_autoencoder() -> Recipe:
 
 @RECIPES("scenes-dit")
 def scenes_dit() -> Recipe:
-    """A text-to-image DiT on the latents of scenes-autoencoder, 4x4 of them to a token."""
+    """A text-to-image DiT on the latents of scenes-autoencoder, 4x4 of them to a token.
+
+    An hour of two cores; what it reached is in docs/scenes/leaderboard.md: shapes are not learned yet.
+    """
     net = DiTConfig(
         patch=4,
         width=256,
