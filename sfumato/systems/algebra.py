@@ -14,12 +14,10 @@ from torch import Tensor
 
 from sfumato.conditioners.base import Conditioner, Merged
 from sfumato.conditioners.image import ImageEmbed, fitted, unit
-from sfumato.core.random import Noise
 from sfumato.core.types import Inputs
 from sfumato.diffusion.guidance import CFG
-from sfumato.diffusion.sampling import SAMPLERS, Run, integrate
+from sfumato.diffusion.inversion import inverted
 from sfumato.nets.clip import CLIPText, CLIPVision, seen
-from sfumato.systems.request import seeds_for
 from sfumato.systems.stage import Stage
 from sfumato.systems.start import Continue
 from sfumato.systems.system import System
@@ -202,9 +200,8 @@ class Space:
         inputs = Inputs(n=n, text=texts, image_embed=embeddings)
         cond = stage.conditioner(inputs).to(stage.device)
         options = replace(stage.defaults, steps=steps or stage.defaults.steps)
-        grid = options.grid(stage.denoiser.schedule).reversed(None)
         denoise = CFG().bind(stage.denoiser, cond, cond)
-        return integrate(SAMPLERS["ddim"], Run(denoise, grid, Noise(seeds_for(0, n))), x)
+        return inverted(denoise, options.grid(stage.denoiser.schedule), x)
 
     def _scaled(self, embeddings: Tensor) -> Tensor:
         reader = _reads(self.decoder.conditioner)

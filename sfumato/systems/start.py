@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from sfumato.core.types import Inputs, expand
 from sfumato.diffusion.constraints import Known, projection
 from sfumato.diffusion.denoiser import DenoiseFn
 from sfumato.diffusion.grid import Grid, repaint
+from sfumato.diffusion.inversion import inverted
 from sfumato.systems.codec import Codec
 
 __all__ = ["Beginning", "Continue", "Fill", "FromImage", "FromNoise", "Inverted", "Place", "Start"]
@@ -123,13 +123,11 @@ class Fill:
 class Inverted:
     """The sample from which DDIM draws `inputs.image` again; with another prompt it draws an edit of it.
 
-    DDIM's step x_i -> x_{i+1} (Song et al. 2020, arXiv:2010.02502, eq. 12) is solved for x_i by fixed-point
-    iteration (Pan et al. 2023, arXiv:2309.04907). One round is the usual inversion, which takes eps at
-    x_{i+1}; with more, sampler "ddim" with the same steps, prompt and guidance 1 gives the picture back.
+    Sampler "ddim" with the same steps, prompt and guidance 1 gives the picture back.
 
     Attributes:
         source: what the picture shows.
-        rounds: iterations per step, each an evaluation of the network.
+        rounds: see `diffusion.inversion.inverted`; each is an evaluation of the network per step.
     """
 
     source: str = ""
@@ -138,25 +136,10 @@ class Inverted:
 
     def begin(self, inputs: Inputs, place: Place) -> Beginning:
         """The sample. Raises: ValueError without a picture, or for less than one round."""
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}; allowed: at least 1; try 3")
         x, grid = _encoded(inputs, place), place.grid
         assert place.denoise is not None
         denoise = place.denoise(replace(inputs, text=[self.source] * inputs.n, negative=None))
-        with torch.no_grad():
-            for i in reversed(range(len(grid))):
-                now, after = grid.points[i], grid.points[i + 1]
-                guess = x
-                for _ in range(self.rounds):
-                    found = denoise(guess, grid.level(i))
-                    if now.sigma > now.alpha and after.sigma > 0:  # near pure noise eps says nothing new
-                        ratio = now.sigma / after.sigma
-                        guess = ratio * (x - after.alpha * found.x0) + now.alpha * found.x0
-                    else:
-                        ratio = now.alpha / after.alpha
-                        guess = ratio * (x - after.sigma * found.eps) + now.sigma * found.eps
-                x = guess
-        return Beginning(x, grid)
+        return Beginning(inverted(denoise, grid, x, self.rounds), grid)
 
 
 @dataclass(frozen=True)
