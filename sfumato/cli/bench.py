@@ -24,7 +24,14 @@ from sfumato.core.png import save_png, write_whole
 from sfumato.core.registry import unknown
 from sfumato.core.world import ALONE, World, joined
 from sfumato.evaluation.measures import Proportion
-from sfumato.evaluation.scenes.benchmark import Protocol, Result, evaluate, refuse_other_protocol, sheet
+from sfumato.evaluation.scenes.benchmark import (
+    REVISION,
+    Protocol,
+    Result,
+    evaluate,
+    refuse_other_protocol,
+    sheet,
+)
 from sfumato.evaluation.scenes.facts import FACTS
 from sfumato.evaluation.scenes.oracle import BLURS, NOISES, Accuracy, accuracy
 from sfumato.evaluation.watching import watch
@@ -203,21 +210,24 @@ def _append(out: Path, result: Result) -> None:
 
 
 def _curve(results: list[Result]) -> Image.Image:
-    """Each fact of the first split against the images seen."""
+    """Each fact of the first split against the images seen: of nearest scenes, and all of valid ones."""
     first = next(iter(results[0].splits))
-    curves = []
-    for fact in FACTS:
-        points = [
-            (r.images or 0, r.splits[first].facts[fact].share)
-            for r in results
-            if fact in r.splits[first].facts
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            curves.append(Curve(fact, x, [100 * v for v in y]))
-    return chart(
-        curves, title=f"{results[-1].name}: {first}", labels=("images seen", PERCENT), scale="linear"
-    )
+    rows = [(result.images or 0, result.splits[first]) for result in results]
+    curves = [
+        _line(f"{fact}, nearest", [(x, scores.nearest.get(fact)) for x, scores in rows])
+        for fact in FACTS[1:-1]
+    ]
+    curves += [
+        _line(fact, [(x, scores.facts.get(fact)) for x, scores in rows], dashed=True)
+        for fact in ("valid", "joint")
+    ]
+    title = f"{results[-1].name}: {first}"
+    return chart([c for c in curves if c.x], title=title, labels=("images seen", PERCENT), scale="linear")
+
+
+def _line(name: str, points: list[tuple[int, Proportion | None]], *, dashed: bool = False) -> Curve:
+    known = [(x, 100 * share.share) for x, share in points if share is not None]
+    return Curve(name, [x for x, _ in known], [y for _, y in known], dashed)
 
 
 def _codec(path: Path) -> Codec:
@@ -243,10 +253,16 @@ def _reader_chart(found: list[Accuracy]) -> Image.Image:
 
 
 def _read(path: Path) -> Result:
+    text = path.read_text("utf-8")
     try:
-        return from_json(Result, path.read_text("utf-8"), where=str(path))
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is no result of `sfumato bench scenes`: not JSON") from None
+        made = json.loads(text)["protocol"]["revision"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is no result of `sfumato bench scenes`") from None
+    if made != REVISION:
+        raise ValueError(
+            f"{path} was made by revision {made} of the benchmark, and this is {REVISION}: measure it again"
+        )
+    return from_json(Result, text, where=str(path))
 
 
 def _table(results: Mapping[str, Result]) -> list[Table | str]:
@@ -259,10 +275,11 @@ def _table(results: Mapping[str, Result]) -> list[Table | str]:
     ]
     for name, result in results.items():
         table = Table("fact", *result.splits, title=_title(name, result))
-        for fact in FACTS:
-            row = [_cell(scores.facts.get(fact)) for scores in result.splits.values()]
-            if any(row):
-                table.add_row(fact, *row)
+        for prefix, part in (("", "facts"), ("nearest: ", "nearest"), ("by chance: ", "chance")):
+            for fact in FACTS:
+                row = [_cell(getattr(scores, part).get(fact)) for scores in result.splits.values()]
+                if any(row) and (fact != "valid" or not prefix):
+                    table.add_row(prefix + fact, *row)
         levels = sorted({level for scores in result.splits.values() for level in scores.difficulty})
         for level in levels if p.difficulty is None else []:
             row = [_cell(scores.difficulty.get(level)) for scores in result.splits.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,4 +28,5 @@ def from_json(kind: type[T], data: object, *, where: str = "config") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"]) or "(root)"
-        raise ValueError(f"{where}: {path}: {first['msg']} (got {first['input']!r})") from None
+        short = textwrap.shorten(repr(first["input"]), 200, placeholder=" ...")
+        raise ValueError(f"{where}: {path}: {first['msg']} (got {short})") from None

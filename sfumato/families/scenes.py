@@ -13,9 +13,13 @@ from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Flow
 from sfumato.diffusion.times import LogitNormal
 from sfumato.families.registry import RECIPES
+from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.autoencoder import AutoencoderConfig
+from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.dit import DiTConfig
+from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, TokensConfig
 from sfumato.nets.text import TextTransformerConfig
+from sfumato.nets.unet import UNetConfig, levels
 from sfumato.systems.config import About
 from sfumato.systems.options import SampleOptions
 from sfumato.training.batches import DataConfig
@@ -122,6 +126,25 @@ def scenes_dit() -> Recipe:
         trainer=TrainerConfig(images=310_000, batch=32, ema=0.995, preview_every=20_000, save_every=10_000),
         about=_about("Text-to-image latent diffusion on scenes, 64x64."),
     )
+
+
+@RECIPES("scenes-unet")
+def scenes_unet() -> Recipe:
+    """As scenes-dit, with a U-Net of Stable Diffusion's shape."""
+    attention = AttentionConfig(kind="transformer", head_dim=32)
+    pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=TEXT_WIDTH),))
+    net = UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        levels=levels(64, (1, 2, 3), 1, attention=attention, at=(1, 2)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=64, dim=256, extras=(pooled,)),
+        tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
+        block=BlockConfig(norm_groups=8, film=True),
+    )
+    full = scenes_dit()
+    assert isinstance(full.task, DenoisingConfig)
+    return replace(full, name="scenes-unet", task=replace(full.task, net=net))
 
 
 @RECIPES("toy-scenes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -33,9 +33,19 @@ from sfumato.evaluation.scenes.scores import (
 )
 from sfumato.systems.system import System
 
-__all__ = ["Case", "Protocol", "Result", "Shown", "cases", "evaluate", "refuse_other_protocol", "sheet"]
+__all__ = [
+    "REVISION",
+    "Case",
+    "Protocol",
+    "Result",
+    "Shown",
+    "cases",
+    "evaluate",
+    "refuse_other_protocol",
+    "sheet",
+]
 
-REVISION = 1  # of the scenes, captions, reader and scores; results of different ones are not compared
+REVISION = 2  # of the scenes, captions, reader and scores; results of different ones are not compared
 SEARCHED = 2048  # scenes looked through at a time for captions of one difficulty
 RARE = 40  # a difficulty has at least one caption in so many
 SHOWN = 24  # pictures of each split on the sheet
@@ -98,6 +108,24 @@ class Shown:
     cases: Sequence[Case]
     pictures: NDArray[np.uint8]
     readings: Sequence[Reading]
+
+    @property
+    def captions(self) -> list[Caption]:
+        """What was asked."""
+        return [case.caption for case in self.cases]
+
+    @property
+    def truth(self) -> list[Scene]:
+        """The scenes from which the captions were made."""
+        return [case.scene for case in self.cases]
+
+    def scores(self) -> SplitScores:
+        """See `scores.score`."""
+        return score(self.captions, self.readings, self.truth)
+
+    def diversity(self) -> dict[str, Diversity]:
+        """See `scores.diversity`."""
+        return diversity(self.captions, self.readings, self.truth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +223,8 @@ def evaluate(
         size=size[0],
         ema=ema,
         images=images,
-        splits={name: score([c.caption for c in part.cases], part.readings) for name, part in shown.items()},
-        diversity={} if seen is None else _diversity(seen),
+        splits={name: part.scores() for name, part in shown.items()},
+        diversity={} if seen is None else seen.diversity(),
         memorized=memorized((r.scene for _, r in everything if r.scene is not None), known),
         memorized_by_chance=memorized((case.scene for case, _ in everything), known),
     ), shown
@@ -256,8 +284,3 @@ def _pictures(
         made += [np.asarray(image) for image in images]
         tell(len(made), len(text))
     return np.stack(made)
-
-
-def _diversity(part: Shown) -> dict[str, Diversity]:
-    captions: Iterable[Caption] = (case.caption for case in part.cases)
-    return diversity(list(captions), part.readings, [case.scene for case in part.cases])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +35,18 @@ class Reading:
     Attributes:
         scene: None if it is invalid.
         fault: why it is: "background", "specks", "object" (something that is none) or "count"; "" if valid.
+        nearest: the scene that an invalid picture comes nearest to: the background that most of its border
+            is near to, and of each of the MOST largest regions the kind that fits it best, however badly.
+            The scene itself if the picture is valid.
     """
 
     scene: Scene | None
     fault: str = ""
+    nearest: Scene | None = None
+
+    def __post_init__(self) -> None:
+        if self.scene is not None:
+            object.__setattr__(self, "nearest", self.scene)
 
 
 def read(pictures: NDArray[np.uint8]) -> list[Reading]:
@@ -77,16 +86,30 @@ def _read(pictures: NDArray[np.uint8], size: int) -> list[Reading]:
     faults = np.select(
         [~plain, specks > SPECKS * least, (count < 1) | (count > MOST)], ["background", "specks", "count"], ""
     )
-    objects: list[list[Object | None]] = [[] for _ in image]
-    for picture, item in zip(owner[big].tolist(), found, strict=True):
-        objects[picture].append(item)
+    regions: list[list[Region]] = [[] for _ in image]
+    for picture, pixels, (item, misfit) in zip(owner[big].tolist(), area[big].tolist(), found, strict=True):
+        regions[picture].append(Region(item, misfit, pixels))
     names = tuple(BACKGROUNDS)
-    readings = []
-    for wrong, number, items in zip(faults.tolist(), ground.tolist(), objects, strict=True):
-        known = tuple(item for item in items if item is not None)
-        fault = wrong or ("object" if len(known) < len(items) else "")
-        readings.append(Reading(None, fault) if fault else Reading(Scene(names[number], known)))
-    return readings
+    return [
+        _reading(names[number], there, wrong)
+        for wrong, number, there in zip(faults.tolist(), ground.tolist(), regions, strict=True)
+    ]
+
+
+class Region(NamedTuple):
+    """A connected part of a picture: the object nearest to it, how badly that fits, its area in pixels."""
+
+    item: Object
+    misfit: float
+    pixels: int
+
+
+def _reading(background: str, regions: list[Region], fault: str) -> Reading:
+    fault = fault or ("object" if any(r.misfit > MISFIT for r in regions) else "")
+    if not fault:
+        return Reading(Scene(background, tuple(r.item for r in regions)))
+    largest = sorted(regions, key=lambda r: -r.pixels)[:MOST]
+    return Reading(None, fault, Scene(background, tuple(r.item for r in regions if r in largest)))
 
 
 def _background(image: Array) -> tuple[NDArray[np.int64], Array, Array, NDArray[np.bool_]]:
@@ -108,8 +131,8 @@ def _objects(
     chosen: NDArray[np.int64],
     owner: NDArray[np.int64],
     paint: Array,
-) -> list[Object | None]:
-    """What each chosen region is; None if it is no object."""
+) -> list[tuple[Object, float]]:
+    """The object that each chosen region is nearest to, and how badly it fits."""
     if not len(chosen):
         return []
     size = labels.shape[1]
@@ -125,13 +148,10 @@ def _objects(
     patches = _patches(away, labels, chosen, owner[chosen], left, top)
     best, misfit = _match(patches, color, paint[owner[chosen]], size)
     t, names = templates(size), tuple(COLORS)
+    places = (left + t.x[best]) / size, (top + t.y[best]) / size
     return [
-        Object(SHAPES[t.shape[k]], names[c], SIZES[t.size[k]], TEXTURES[t.texture[k]], px / size, py / size)
-        if wrong <= MISFIT
-        else None
-        for k, c, px, py, wrong in zip(
-            best, color, (left + t.x[best]).tolist(), (top + t.y[best]).tolist(), misfit, strict=True
-        )
+        (Object(SHAPES[t.shape[k]], names[c], SIZES[t.size[k]], TEXTURES[t.texture[k]], x, y), wrong)
+        for k, c, x, y, wrong in zip(best, color, *(place.tolist() for place in places), misfit, strict=True)
     ]
 
 

@@ -27,11 +27,15 @@ class SplitScores:
 
     Attributes:
         facts: name of FACTS -> share of the pictures whose captions speak of it in which it holds.
+        nearest: the same of `Reading.nearest`, for systems that draw few valid pictures yet.
+        chance: the same of true scenes under the caption of the next picture: what ignoring captions gives.
         difficulty: number of bound facts -> share in which all hold.
         faults: why pictures were invalid -> how many.
     """
 
     facts: Mapping[str, Proportion]
+    nearest: Mapping[str, Proportion]
+    chance: Mapping[str, Proportion]
     difficulty: Mapping[int, Proportion]
     faults: Mapping[str, int]
 
@@ -51,8 +55,11 @@ class Diversity:
     true_bits: float
 
 
-def score(captions: Sequence[Caption], readings: Sequence[Reading]) -> SplitScores:
+def score(captions: Sequence[Caption], readings: Sequence[Reading], truth: Sequence[Scene]) -> SplitScores:
     """Shares with Wilson intervals; each picture counts once for a fact.
+
+    Args:
+        truth: the scenes from which the captions were made.
 
     Raises: ValueError in one line if there are no pictures, or not one for each caption.
     """
@@ -60,19 +67,26 @@ def score(captions: Sequence[Caption], readings: Sequence[Reading]) -> SplitScor
         raise ValueError(
             f"{len(readings)} pictures for {len(captions)} captions; a score needs one each, and at least one"
         )
-    hits, totals = Counter[str](), Counter[str]()
-    right, asked = Counter[int](), Counter[int]()
-    for caption, reading in zip(captions, readings, strict=True):
-        facts = judge(caption, reading.scene)
-        totals.update(facts.keys())
-        hits.update(name for name, holds in facts.items() if holds)
-        asked[caption.difficulty] += 1
-        right[caption.difficulty] += facts["joint"]
+    facts = [judge(caption, reading.scene) for caption, reading in zip(captions, readings, strict=True)]
     return SplitScores(
-        {name: Proportion.of(hits[name], totals[name]) for name in FACTS if totals[name]},
-        {level: Proportion.of(right[level], asked[level]) for level in sorted(asked)},
+        _shares(facts),
+        _shares([judge(c, reading.nearest) for c, reading in zip(captions, readings, strict=True)]),
+        _shares([judge(c, scene) for c, scene in zip(captions, (*truth[1:], truth[0]), strict=True)]),
+        _by_difficulty(captions, [holds["joint"] for holds in facts]),
         dict(sorted(Counter(reading.fault for reading in readings if reading.fault).items())),
     )
+
+
+def _shares(judged: Sequence[Mapping[str, bool]]) -> dict[str, Proportion]:
+    """Of each fact, among the pictures that were judged by it."""
+    columns = {name: [holds[name] for holds in judged if name in holds] for name in FACTS}
+    return {name: Proportion.of(sum(column), len(column)) for name, column in columns.items() if column}
+
+
+def _by_difficulty(captions: Sequence[Caption], right: Sequence[bool]) -> dict[int, Proportion]:
+    levels = sorted({caption.difficulty for caption in captions})
+    held = {n: [r for c, r in zip(captions, right, strict=True) if c.difficulty == n] for n in levels}
+    return {n: Proportion.of(sum(column), len(column)) for n, column in held.items()}
 
 
 def diversity(

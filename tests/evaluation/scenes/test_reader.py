@@ -114,6 +114,35 @@ def test_five_objects_are_no_scene():
     assert [r.fault for r in read(np.concatenate([many, both]))] == ["", "count"]
 
 
+def test_the_nearest_scene_of_invalid_pictures():
+    """Too soft to be read in full, but colors, places, number and background can be told."""
+    truth = draw_scenes("seen", 40)
+    rows = render(truth, 64)
+    soft = np.stack([np.asarray(Image.fromarray(row).filter(ImageFilter.GaussianBlur(2.5))) for row in rows])
+    pairs = list(zip(truth.unpack(), read(soft), strict=True))
+    invalid = [(scene, reading) for scene, reading in pairs if reading.scene is None]
+    assert len(invalid) > 20
+    same = [
+        scene.background == reading.nearest.background
+        and [o.color for o in by_place(scene)] == [o.color for o in by_place(reading.nearest)]
+        for scene, reading in invalid
+    ]
+    assert np.mean(same) > 0.8
+    assert all(reading.nearest == reading.scene for _, reading in pairs if reading.scene is not None)
+
+
+def test_the_nearest_scene_has_at_most_four_objects():
+    places = [(x, y) for x in (0.15, 0.5, 0.85) for y in (0.2, 0.8)]
+    six = np.minimum.reduce([picture(item(size="small", x=x, y=y)) for x, y in places])
+    (reading,) = read(six)
+    assert reading.fault == "count"
+    assert len(reading.nearest.objects) == 4
+
+
+def by_place(scene):
+    return sorted(scene.objects, key=lambda o: (round(o.x * 8), round(o.y * 8)))
+
+
 def test_a_picture_is_read_alike_alone_and_in_company():
     pictures = render(draw_scenes("seen", 8), 64)
     together = read(pictures)

@@ -24,7 +24,8 @@ def shown(*objects, background="white"):
 def test_shares_and_their_intervals():
     captions = [ASKED] * 3 + [LARGE]
     readings = [shown(CIRCLE), shown(replace(CIRCLE, color="blue")), Reading(None, "object"), shown(CIRCLE)]
-    found = score(captions, readings)
+    truth = [Scene("white", (CIRCLE,))] * 3 + [Scene("white", (replace(CIRCLE, size="large"),))]
+    found = score(captions, readings, truth)
     assert {name: (p.hits, p.total) for name, p in found.facts.items()} == {
         "valid": (3, 4),
         "color": (2, 4),
@@ -44,7 +45,31 @@ def test_shares_and_their_intervals():
 @pytest.mark.parametrize("pictures", [0, 2])
 def test_a_picture_for_each_caption(pictures):
     with pytest.raises(ValueError, match=rf"{pictures} pictures for \d captions; a score needs one each"):
-        score([ASKED] * (pictures // 2), [shown(CIRCLE)] * pictures)
+        score([ASKED] * (pictures // 2), [shown(CIRCLE)] * pictures, [])
+
+
+def test_invalid_pictures_are_scored_by_the_nearest_scene():
+    blurred = Reading(None, "object", Scene("white", (replace(CIRCLE, shape="ring"),)))
+    truth = [Scene("white", (replace(CIRCLE, color=color),)) for color in ("red", "blue")]
+    found = score([ASKED, ASKED], [blurred, shown(CIRCLE)], truth)
+    hits = {name: (found.facts[name].hits, share.hits) for name, share in found.nearest.items()}
+    assert hits == {
+        "valid": (1, 2),
+        "color": (1, 2),
+        "shape": (1, 1),
+        "object": (1, 1),
+        "count": (1, 2),
+        "joint": (1, 1),
+    }
+    # The caption of either is held against the other's scene: the blue one is wrong, the red one right.
+    assert {name: share.hits for name, share in found.chance.items()} == {
+        "valid": 2,
+        "color": 1,
+        "shape": 2,
+        "object": 1,
+        "count": 2,
+        "joint": 1,
+    }
 
 
 def test_entropies_of_what_is_free():
