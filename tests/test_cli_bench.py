@@ -13,6 +13,7 @@ from PIL import Image
 
 import sfumato
 from sfumato import cli
+from sfumato.evaluation.scenes.benchmark import REVISION
 from sfumato.families import RECIPES
 from sfumato.nets.autoencoder import AutoencoderConfig
 from sfumato.nets.dit import DiTConfig
@@ -160,7 +161,8 @@ def test_data_scenes_writes_shards(tmp_path, capsys):
             ["bench", "compare", "bad.json", "b.json"],
             "bad.json is no result of `sfumato bench scenes`: not JSON",
         ),
-        (["bench", "compare", "other.json", "b.json"], "other.json: "),
+        (["bench", "compare", "other.json", "b.json"], "other.json was made by revision 1 of the benchmark"),
+        (["bench", "compare", "lacks.json", "b.json"], "lacks.json: protocol.pictures"),
         (["data", "scenes", "new", "--count", "0"], "0 scenes; allowed: at least 1"),
         (
             ["data", "scenes", "new", "--count", "1", "--size", "48"],
@@ -172,12 +174,13 @@ def test_data_scenes_writes_shards(tmp_path, capsys):
 def test_wrong_input_is_one_line(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{")
-    Path("other.json").write_text('{"protocol": {"pictures": 5}}')
+    Path("other.json").write_text('{"protocol": {"revision": 1}}')
+    Path("lacks.json").write_text(json.dumps({"protocol": {"revision": REVISION, "pictures": "many"}}))
     code, out, err = command(capsys, *args)
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "other.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "lacks.json", "other.json"]
 
 
 def test_systems_of_other_sizes_are_refused(tiny_folder, tmp_path, capsys):

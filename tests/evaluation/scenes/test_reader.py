@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from sfumato.data.scenes.draw import render
 from sfumato.data.scenes.graph import COLORS, SHAPES, Object, Scene, gather
