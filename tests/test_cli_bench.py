@@ -159,7 +159,7 @@ def test_data_scenes_writes_shards(tmp_path, capsys):
         (["bench", "compare", "a.json", "b.json"], "No such file or directory: 'a.json'"),
         (
             ["bench", "compare", "bad.json", "b.json"],
-            "bad.json is no result of `sfumato bench scenes`: not JSON",
+            "bad.json is no result of `sfumato bench scenes`",
         ),
         (["bench", "compare", "other.json", "b.json"], "other.json was made by revision 1 of the benchmark"),
         (["bench", "compare", "lacks.json", "b.json"], "lacks.json: protocol.pictures"),
