@@ -15,7 +15,7 @@ from sfumato.cli.parsing import parse
 from sfumato.cli.runs import code_of
 from sfumato.core.registry import unknown
 from sfumato.reports.findings import findings
-from sfumato.reports.pages import NAME, dry, page, write
+from sfumato.reports.pages import NAME, dry, page, recorded, write
 from sfumato.reports.plan import Plan
 from sfumato.reports.running import budgeted, run
 from sfumato.training.signals import Stopped
@@ -28,6 +28,7 @@ class Flags:
     """Redo the findings on DiT: block designs at equal compute, loss against compute, and what helps.
 
     Every cell is a run below --runs; the same command goes on where it was stopped, and runs no cell twice.
+    Nor does it run those that a report in --out has from the same settings.
     """
 
     plan: Annotated[Plan, arg(name="")] = field(default_factory=Plan)
@@ -54,7 +55,8 @@ def report(args: list[str]) -> int:
     try:
         with progress() as told:
             planned, costs = budgeted(flags.plan, told)
-            outcomes = [] if flags.dry_run else run(flags.plan, planned, told)
+            known = [] if flags.out is None else recorded(flags.out)
+            outcomes = [] if flags.dry_run else run(flags.plan, planned, told, known)
     except Stopped as stopped:
         print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
         return code_of(stopped)

@@ -144,7 +144,12 @@ def scenes_unet() -> Recipe:
     )
     full = scenes_dit()
     assert isinstance(full.task, DenoisingConfig)
-    return replace(full, name="scenes-unet", task=replace(full.task, net=net))
+    return replace(
+        full,
+        name="scenes-unet",
+        task=replace(full.task, net=net),
+        trainer=replace(full.trainer, images=250_000),
+    )
 
 
 @RECIPES("toy-scenes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ class Row:
         loss: at the end, the mean of the seeds: the run's own objective, or of improvements the error that
             compares objectives.
         low, high: the lowest and the highest of the seeds.
-        joint: by split, over the pictures of all seeds.
+        joint, nearest: by split, over the pictures of all seeds; see `running.Outcome`.
         needed: improvements only: images to the baseline's final loss, mean of the seeds that reached it.
         reached: how many did.
     """
@@ -51,6 +51,7 @@ class Row:
     low: float
     high: float
     joint: dict[str, Proportion]
+    nearest: dict[str, Proportion]
     needed: float | None = None
     reached: int | None = None
 
@@ -141,7 +142,8 @@ def _rows(part: Part, outcomes: Sequence[Outcome], costs: Costs) -> Iterator[Row
             loss=statistics.fmean(last),
             low=min(last),
             high=max(last),
-            joint=_pooled(group),
+            joint=_pooled([one.joint for one in group]),
+            nearest=_pooled([one.nearest for one in group]),
             needed=statistics.fmean(reached) if reached else None,
             reached=None if target is None else len(reached),
         )
@@ -157,12 +159,10 @@ def _target(outcomes: Sequence[Outcome]) -> float:
     return statistics.fmean(one.velocities[-1] for one in group)
 
 
-def _pooled(group: Sequence[Outcome]) -> dict[str, Proportion]:
+def _pooled(seeds: Sequence[Mapping[str, Proportion]]) -> dict[str, Proportion]:
     return {
-        split: Proportion.of(
-            sum(one.joint[split].hits for one in group), sum(one.joint[split].total for one in group)
-        )
-        for split in group[0].joint
+        split: Proportion.of(sum(one[split].hits for one in seeds), sum(one[split].total for one in seeds))
+        for split in seeds[0]
     }
 
 

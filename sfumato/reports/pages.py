@@ -11,14 +11,14 @@ from PIL import Image
 
 from sfumato import __version__
 from sfumato.core.chart import Curve, chart
-from sfumato.core.config import to_json
+from sfumato.core.config import from_json, to_json
 from sfumato.core.png import save_png, write_whole
 from sfumato.evaluation.measures import Proportion
 from sfumato.reports.findings import Findings, Row, Series, series_of
 from sfumato.reports.plan import Cell, Part, Plan
 from sfumato.reports.running import Costs, Outcome
 
-__all__ = ["NAME", "dry", "page", "write"]
+__all__ = ["NAME", "dry", "page", "recorded", "write"]
 
 NAME = "dit-designs"
 LABELS = ("images", "validation loss")
@@ -77,6 +77,14 @@ def page(plan: Plan, found: Findings) -> str:
             _table(header, cells),
         ]
     return "\n\n".join(parts)
+
+
+def recorded(out: Path) -> list[Outcome]:
+    """The cells of a report that was written into the folder; none if there is none."""
+    path = out / f"{NAME}.json"
+    if not path.is_file():
+        return []
+    return [from_json(Outcome, one, where=str(path)) for one in json.loads(path.read_text("utf-8"))["cells"]]
 
 
 def write(
@@ -147,9 +155,13 @@ def _designs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "images",
         "loss",
         *(f"all facts, {split}, %" for split in splits),
+        *(f"of the nearest scene, {split}, %" for split in splits),
     ]
     cells = [
-        [*_start(row), f"{row.images:,}", _loss(row), *(_share(row.joint[split]) for split in splits)]
+        [
+            *(*_start(row), f"{row.images:,}", _loss(row)),
+            *(_share(part[split]) for part in (row.joint, row.nearest) for split in splits),
+        ]
         for row in rows
     ]
     return header, cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Outcome:
         velocities: the error that compares objectives, see `training.validation.DenoisingLoss`.
         joint: split of the benchmark -> pictures in which everything that the caption says holds; designs
             only.
+        nearest: the same of the scenes that pictures come nearest to.
+        identity: of the recipe and the protocol, which decide all this.
     """
 
     part: Part
@@ -46,6 +49,8 @@ class Outcome:
     losses: tuple[float, ...]
     velocities: tuple[float, ...]
     joint: Mapping[str, Proportion]
+    nearest: Mapping[str, Proportion]
+    identity: str
 
 
 def budgeted(plan: Plan, tell: Tell) -> tuple[list[Cell], Costs]:
@@ -67,17 +72,22 @@ def budgeted(plan: Plan, tell: Tell) -> tuple[list[Cell], Costs]:
     return [_equalized(cell, plan, costs) for cell in found], costs
 
 
-def run(plan: Plan, planned: Sequence[Cell], tell: Tell) -> list[Outcome]:
+def run(plan: Plan, planned: Sequence[Cell], tell: Tell, recorded: Sequence[Outcome] = ()) -> list[Outcome]:
     """Train and score the cells in their order; those that are finished are read.
+
+    Args:
+        recorded: outcomes of an earlier report, whose runs may be gone; those of the same cells are taken.
 
     Raises:
         ValueError: in one line, as `train` does; also where the folder of a cell holds another recipe's run.
         Stopped: after SIGTERM or Ctrl-C, when there is a checkpoint; the same call goes on from there.
     """
+    known = {(one.part, one.name, one.seed, one.identity): one for one in recorded}
     outcomes = []
     for done, cell in enumerate(planned):
         tell("running", done, len(planned))
-        outcomes.append(_finished(cell, plan) or _run(cell, plan))
+        key = cell.part, cell.name, cell.seed, _identity(cell, plan)
+        outcomes.append(known.get(key) or _finished(cell, plan) or _run(cell, plan))
     tell("running", len(planned), len(planned))
     return outcomes
 
@@ -95,6 +105,7 @@ def _run(cell: Cell, plan: Plan) -> Outcome:
     system = train(cell.recipe)
     curve = {row["images"]: row for row in read_log(cell.recipe.folder / "log.jsonl") if VELOCITY in row}
     rows = [curve[images] for images in sorted(curve)]
+    joint, nearest = _scored(system, cell, plan) if cell.part == "designs" else ({}, {})
     outcome = Outcome(
         part=cell.part,
         name=cell.name,
@@ -102,17 +113,19 @@ def _run(cell: Cell, plan: Plan) -> Outcome:
         images=tuple(int(row["images"]) for row in rows),
         losses=tuple(row[LOSS] for row in rows),
         velocities=tuple(row[VELOCITY] for row in rows),
-        joint=_scored(system, cell, plan) if cell.part == "designs" else {},
+        joint=joint,
+        nearest=nearest,
+        identity=_identity(cell, plan),
     )
-    told = {**_identity(cell, plan), "outcome": to_json(outcome)}
-    write_whole(cell.recipe.folder / DONE, (json.dumps(told, indent=1) + "\n").encode())
+    write_whole(cell.recipe.folder / DONE, (json.dumps(to_json(outcome), indent=1) + "\n").encode())
     return outcome
 
 
-def _scored(folder: Path, cell: Cell, plan: Plan) -> dict[str, Proportion]:
+def _scored(folder: Path, cell: Cell, plan: Plan) -> tuple[dict[str, Proportion], dict[str, Proportion]]:
     system = load_system(folder, device=cell.recipe.trainer.device)
-    result, _ = evaluate(system, plan.protocol, images=cell.recipe.trainer.images)
-    return {split: scores.facts["joint"] for split, scores in result.splits.items()}
+    splits = evaluate(system, plan.protocol, images=cell.recipe.trainer.images)[0].splits
+    joint = {split: scores.facts["joint"] for split, scores in splits.items()}
+    return joint, {split: scores.nearest["joint"] for split, scores in splits.items()}
 
 
 def _finished(cell: Cell, plan: Plan) -> Outcome | None:
@@ -120,12 +133,10 @@ def _finished(cell: Cell, plan: Plan) -> Outcome | None:
     path = cell.recipe.folder / DONE
     if not path.is_file():
         return None
-    told = json.loads(path.read_text("utf-8"))
-    same = {name: told.get(name) for name in ("recipe", "protocol")} == _identity(cell, plan)
-    return from_json(Outcome, told["outcome"], where=str(path)) if same else None
+    outcome = from_json(Outcome, path.read_text("utf-8"), where=str(path))
+    return outcome if outcome.identity == _identity(cell, plan) else None
 
 
-def _identity(cell: Cell, plan: Plan) -> dict[str, object]:
-    """What decides the outcome, as JSON data."""
-    told: dict[str, object] = {"recipe": to_json(cell.recipe), "protocol": to_json(plan.protocol)}
-    return json.loads(json.dumps(told))  # tuples as lists
+def _identity(cell: Cell, plan: Plan) -> str:
+    told = json.dumps([to_json(cell.recipe), to_json(plan.protocol)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

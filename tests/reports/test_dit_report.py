@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,10 +115,19 @@ def test_a_cell_of_other_settings_is_not_taken_for_finished(done, monkeypatch, c
     assert cli.main(changed("--validation.share", "0.3")) == 2
     assert "holds a run of another recipe (validation.share: 0.2 -> 0.3)" in capsys.readouterr().err
     scored = []
-    monkeypatch.setattr(running, "_scored", lambda folder, cell, plan: scored.append(cell.name) or {})
+    monkeypatch.setattr(running, "_scored", lambda folder, cell, plan: scored.append(cell.name) or ({}, {}))
     monkeypatch.setattr(running, "write_whole", lambda path, data: None)  # the fixture's folder stays
     assert cli.main([*changed("--protocol.pictures", "3"), "--parts", "designs"]) == 0
     assert scored == ["adaln_zero", "cross"]
+
+
+def test_a_report_is_made_again_where_its_runs_are_gone(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(done[0] / "docs", "docs")
+    before = Path("docs/dit-designs.json").read_text()
+    assert cli.main([*TINY, "--out", "docs"]) == 0
+    assert not Path("runs").exists()
+    assert json.loads(Path("docs/dit-designs.json").read_text())["cells"] == json.loads(before)["cells"]
 
 
 def test_a_dry_run_lists_and_trains_nothing(tmp_path, monkeypatch, capsys):
@@ -195,8 +205,17 @@ def test_every_cell_has_a_net():
 def outcome(part, name, seed, curve):
     images, losses = zip(*curve, strict=True)
     joint = {"seen": Proportion.of(seed, 10)} if part == "designs" else {}
+    nearest = {split: Proportion.of(share.hits + 1, 10) for split, share in joint.items()}
     return Outcome(
-        part=part, name=name, seed=seed, images=images, losses=losses, velocities=losses, joint=joint
+        part=part,
+        name=name,
+        seed=seed,
+        images=images,
+        losses=losses,
+        velocities=losses,
+        joint=joint,
+        nearest=nearest,
+        identity="",
     )
 
 
