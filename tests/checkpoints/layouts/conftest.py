@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -142,3 +142,18 @@ def random_file() -> Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]:
         return state
 
     return make
+
+
+@pytest.fixture
+def scaled() -> Callable[[nn.Module], nn.Module]:
+    """Fill a net, that may have been made on the meta device, so that its outputs are of order 1."""
+
+    def fill(net: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        for name, p in net.to_empty(device="cpu").named_parameters():
+            nn.init.normal_(p, std=0.2 if p.ndim == 1 else 0.8 / math.sqrt(p[0].numel()))
+            if p.ndim == 1 and name.endswith("weight"):
+                p.data += 1
+        return net.requires_grad_(False).eval()
+
+    return fill

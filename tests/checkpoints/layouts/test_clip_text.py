@@ -48,6 +48,28 @@ def test_published_towers_both_ways(name: str) -> None:
     assert {k: published[k] for k in options} == options
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TOWERS))
+@torch.no_grad()
+def test_same_numbers_at_published_size(name: str, scaled, tmp_path: Path) -> None:
+    _, kind, options, _ = TOWERS[name]
+    config = transformers.CLIPTextConfig(**options, eos_token_id=49407)
+    with torch.device("meta"):
+        meta = getattr(transformers, kind)(config)
+    scaled(meta).save_pretrained(tmp_path)
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    net = next(iter(sfumato.load_nets(tmp_path).values()))
+    ids = torch.randint(0, 49406, (2, 77))
+    ids[:, 0], ids[0, 9:], ids[1, 76:] = 49406, 49407, 49407
+    expected = theirs(ids, output_hidden_states=True)
+    found = net(ids)
+    pooled = expected.text_embeds if kind == "CLIPTextModelWithProjection" else expected.pooler_output
+    for ours, wanted in ((found.last, expected.last_hidden_state), (found.embedding, pooled)):
+        error = (ours - wanted).norm() / wanted.norm()
+        assert error < 1e-4, f"{error:.2e}"
+        print(f"{name}: {error:.2e}")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

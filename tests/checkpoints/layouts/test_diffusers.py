@@ -199,6 +199,30 @@ def test_published_first_stage_both_ways():
     assert {k: tuple(v.shape) for k, v in back.items()} == shapes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kl-f8", "kl-f4-x4"])
+@torch.no_grad()
+def test_first_stage_at_published_size(name, scaled, tmp_path):
+    widths = {"kl-f8": (128, 256, 512, 512), "kl-f4-x4": (128, 256, 512)}[name]
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    scaled(theirs).save_pretrained(tmp_path)
+    vae = sfumato.load_nets(tmp_path)["vae"]
+    x = torch.rand(1, 3, 128, 128) * 2 - 1
+    posterior = theirs.encode(x).latent_dist
+    z = torch.randn_like(posterior.mean)
+    pairs = [(vae.encode(x).mean, posterior.mean), (vae.decode(z), theirs.decode(z).sample)]
+    for ours, wanted in pairs:
+        error = (ours - wanted).norm() / wanted.norm()
+        assert error < 1e-4, f"{error:.2e}"
+        print(f"{name}: {error:.2e}")
+
+
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     """A whole pipeline of tiny random nets, written by diffusers."""

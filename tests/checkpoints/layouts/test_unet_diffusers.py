@@ -11,6 +11,7 @@ from torch import nn
 
 import sfumato
 from sfumato.checkpoints.layouts import LAYOUTS
+from sfumato.checkpoints.weights import assign, parameter_free
 from sfumato.core.types import Conditioning
 from sfumato.nets.presets import UNETS
 from sfumato.nets.unet import UNet
@@ -180,6 +181,24 @@ def test_same_numbers_both_ways(name: str, tmp_path: Any) -> None:
     sfumato.save_nets({"net": net}, tmp_path / "twice", layout="unet-diffusers")
     files = [tmp_path / one / "config.json" for one in ("ours", "twice")]
     assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.slow  # up to 11 GB
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sd-x4-upscaler", "sdxl-base", "sdxl-refiner"])
+@torch.no_grad()
+def test_same_numbers_at_published_size(name: str, scaled: Any) -> None:
+    with torch.device("meta"):
+        reference = theirs(PUBLISHED[name])
+    reference, net = scaled(reference), parameter_free(UNet, UNETS[name]())
+    # The tensors are shared wherever a row only renames them: two copies would not fit.
+    assign(net, PART.names(net.config).load(reference.state_dict(), where=name), where=name)
+    x, t = torch.randn(2, net.config.in_channels, 32, 32), torch.tensor([3.0, 741.0])
+    cond, arguments = told(net)
+    expected = reference(x, t, **arguments).sample
+    assert 0.1 < expected.std() < 10
+    error = (net(x, t, cond) - expected).norm() / expected.norm()
+    assert error < 1e-4, f"{error:.2e}"
+    print(f"{name}: {error:.2e}")
 
 
 @pytest.mark.parametrize(
