@@ -36,7 +36,14 @@ from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
 from sfumato.training.trainer import TrainerConfig
 
-__all__ = ["ADAMW", "AUGMENTED", "OPENMOJI", "about", "toy"]  # all else is reached through RECIPES
+__all__ = [
+    "ADAMW",
+    "AUGMENTED",
+    "OPENMOJI",
+    "about",
+    "latent_unet",
+    "toy",
+]  # all else is reached through RECIPES
 
 RUNS = Path("runs")
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "default"
@@ -141,18 +148,7 @@ def openmoji_classes() -> Recipe:
 @RECIPES("openmoji-unet")
 def openmoji_unet() -> Recipe:
     """A text-to-image U-Net of Stable Diffusion's shape on the latents of openmoji-autoencoder."""
-    attention = AttentionConfig(kind="transformer", head_dim=28)
-    pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=TEXT_WIDTH),))
-    net = UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        levels=levels(56, (1, 2, 3), 1, attention=attention, at=(0, 1, 2)),
-        middle=attention,
-        embedding=EmbeddingConfig(time_dim=56, dim=224, extras=(pooled,)),
-        tokens=TokensConfig(dim=TEXT_WIDTH, masked=True),
-        block=BlockConfig(norm_groups=8),
-    )
-    return _denoiser("openmoji-unet", net)
+    return _denoiser("openmoji-unet", latent_unet(TEXT_WIDTH))
 
 
 @RECIPES("openmoji-lora")
@@ -190,6 +186,24 @@ def openmoji_control() -> Recipe:
         optim=replace(full.optim, lr=3e-4),
         trainer=replace(full.trainer, images=64_000),
         about=about("A ControlNet for text-to-image latent diffusion on OpenMoji: drawn along edges."),
+    )
+
+
+def latent_unet(text: int) -> UNetConfig:
+    """A small U-Net of Stable Diffusion's shape for latents (4, 16, 16), told texts of that width.
+
+    Attention below the first level, whose 256 places would cost most and tell the caption no more.
+    """
+    attention = AttentionConfig(kind="transformer", head_dim=32)
+    pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=text),))
+    return UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        levels=levels(64, (1, 2, 3), 1, attention=attention, at=(1, 2)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=64, dim=256, extras=(pooled,)),
+        tokens=TokensConfig(dim=text, masked=True),
+        block=BlockConfig(norm_groups=8, film=True),
     )
 
 
