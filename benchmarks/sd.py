@@ -59,12 +59,12 @@ class Row:
     difference: float | None = None
 
 
-def setting(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+def setting(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     """A latent (1, 4, H, W), and the conditioning of the row with the prompt and the one without (2, ...)."""
     config = json.loads((folder / "unet/config.json").read_text())
     noise = torch.Generator().manual_seed(1)
     side = config["sample_size"]
-    told = {"tokens": torch.randn(2, 77, config["cross_attention_dim"], generator=noise)}
+    told: dict[str, Any] = {"tokens": torch.randn(2, 77, config["cross_attention_dim"], generator=noise)}
     if config.get("addition_embed_type"):
         width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         told["pooled"] = torch.randn(2, width, generator=noise)
@@ -99,10 +99,9 @@ def their_step(folder: Path, pace: Pace) -> Tensor:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     net, (x, told) = UNet2DConditionModel.from_pretrained(folder / "unet").eval(), setting(folder)
-    more = {"encoder_hidden_states": told["tokens"]}
+    more: dict[str, Any] = {"encoder_hidden_states": told["tokens"]}
     if "pooled" in told:
-        sizes = {"text_embeds": told["pooled"], "time_ids": told["micro"]}
-        more["added_cond_kwargs"] = sizes  # type: ignore[assignment]
+        more["added_cond_kwargs"] = {"text_embeds": told["pooled"], "time_ids": told["micro"]}
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(STEPS)
     with torch.no_grad():
@@ -121,7 +120,8 @@ def our_decode(folder: Path, pace: Pace) -> Tensor:
     """Pictures of latents."""
     import sfumato
 
-    vae, (x, _) = sfumato.load_nets(folder / "vae")["vae"], setting(folder)
+    vae: Any = sfumato.load_nets(folder / "vae")["vae"]
+    x, _ = setting(folder)
     return _repeated(lambda: vae.decode(x), pace)
 
 

@@ -132,4 +132,4 @@ def _words(folder: Path) -> CLIPTokenizer:
     files = folder / "vocab.json", folder / "merges.txt"
     files[0].write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
     files[1].write_text("#version: 0.2\n", "utf-8")
-    return CLIPTokenizer(*map(str, files), pad_token="<|endoftext|>", model_max_length=77)
+    return CLIPTokenizer(str(files[0]), str(files[1]), pad_token="<|endoftext|>", model_max_length=77)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable, Op, regrouped, squeezed, stacked
-from sfumato.checkpoints.layouts.layout import Settings, Shapes, indices, shape_of
+from sfumato.checkpoints.layouts.layout import Settings, Shapes, indices, one_or_all, shape_of
 from sfumato.nets.attention import AttentionConfig, SpatialAttention
 from sfumato.nets.blocks import BlockConfig, Downsample, ResBlock, Upsample
 from sfumato.nets.embedding import EmbeddingConfig
@@ -59,7 +59,7 @@ def structure(shapes: Shapes, blocks: Sequence[int] | None = None) -> dict[str, 
     rows = shape_of(shapes, f"{names[0]}.0.emb_layers.1.weight", 2)[0]
     return {
         "model_channels": width,
-        "num_res_blocks": blocks[0] if len(set(blocks)) == 1 else list(blocks),
+        "num_res_blocks": one_or_all(blocks),
         "channel_mult": [_mult(c, width) for c in channels],
         "attention_resolutions": [2**i for i, name in enumerate(names) if f"{name}.1.qkv.weight" in shapes],
         "use_scale_shift_norm": rows == 2 * channels[0],
@@ -134,7 +134,7 @@ def told(config: UNetConfig) -> dict[str, object]:
         "in_channels": config.in_channels,
         "model_channels": width,
         "out_channels": config.out_channels,
-        "num_res_blocks": blocks[0] if len(set(blocks)) == 1 else blocks,
+        "num_res_blocks": one_or_all(blocks),
         "channel_mult": [
             v.channels // width if v.channels % width == 0 else v.channels / width for v in levels
         ],

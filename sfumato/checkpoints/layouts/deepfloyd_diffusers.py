@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable
-from sfumato.checkpoints.layouts.layout import LAYOUTS, OURS, Layout, Part, Settings, Shapes, shape_of
-from sfumato.checkpoints.layouts.unet import Stack, names_of, stack_of
-from sfumato.checkpoints.layouts.unet_diffusers import CLASS, DIALECT
+from sfumato.checkpoints.layouts.layout import (
+    LAYOUTS,
+    OURS,
+    Layout,
+    Part,
+    Settings,
+    Shapes,
+    one_or_all,
+    shape_of,
+)
+from sfumato.checkpoints.layouts.unet import names_of, stack_of
+from sfumato.checkpoints.layouts.unet_diffusers import CLASS
 from sfumato.checkpoints.layouts.unet_diffusers import FIXED as OF_STABLE
+from sfumato.checkpoints.layouts.unet_residual import RESIDUAL, appended, kinds
 from sfumato.core.registry import unknown
-from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.blocks import ACTIVATIONS, BlockConfig
 from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, TokensConfig
 from sfumato.nets.unet import LevelConfig, UNet, UNetConfig
@@ -52,19 +60,6 @@ READ = (  # what the tensors tell, and a config must not contradict
 ALSO = ("up_block_types", "only_cross_attention", "mid_block_only_cross_attention", "time_embedding_dim")
 
 
-def _appended(a: AttentionConfig) -> LeafTable:
-    table: dict[str | tuple[str, ...], str | Leaf] = {
-        "group_norm": "norm",
-        "to_q": "attention.q",
-        "add_k_proj": "attention.token_k",
-        "add_v_proj": "attention.token_v",
-        "to_out.0": "attention.out",
-    }
-    if a.to_pixels:
-        table |= {"to_k": "attention.k", "to_v": "attention.v"}
-    return table | ({"norm_cross": "attention.token_norm"} if a.norm_tokens else {})
-
-
 def _extra(e: EmbedderConfig) -> LeafTable:
     if e.kind == "mlp":
         return {f"class_embedding.linear_{i}": f"proj.linear{i}" for i in (1, 2)}
@@ -75,13 +70,7 @@ def _extra(e: EmbedderConfig) -> LeafTable:
     }
 
 
-OWN = replace(
-    DIALECT,
-    down=(*DIALECT.down[:2], "down_blocks.{i}.downsamplers.0"),
-    up=(*DIALECT.up[:2], "up_blocks.{i}.upsamplers.0"),
-    extra=_extra,
-    appended=_appended,
-)
+OWN = replace(RESIDUAL, extra=_extra)
 
 
 def _names(c: UNetConfig) -> KeyMap:
@@ -118,7 +107,7 @@ def _read(shapes: Shapes, free: dict[str, Any]) -> UNetConfig:
     pool = shape_of(shapes, "add_embedding.norm1.weight", 1)[0]
     tokens = shape_of(shapes, "mid_block.attentions.0.add_k_proj.weight", 2)[1]
     film = shape_of(shapes, "down_blocks.0.resnets.0.time_emb_proj.weight", 2)[0] == 2 * stack.widths[0]
-    attention = _attentions(shapes, stack, free["attention_head_dim"])
+    attention = appended(shapes, stack, free["attention_head_dim"])
     text = Feature(field="tokens", dim=pool)
     extras = [EmbedderConfig(kind="pool", features=(text,), heads=free["addition_embed_type_num_heads"])]
     if "class_embedding.linear_1.weight" in shapes:
@@ -145,22 +134,6 @@ def _read(shapes: Shapes, free: dict[str, Any]) -> UNetConfig:
     )
 
 
-def _attentions(shapes: Shapes, stack: Stack, dims: Sequence[int] | int) -> list[AttentionConfig | None]:
-    """Of every level and of the middle, whose heads are as wide as those of the last level."""
-    dims = [dims] * len(stack.widths) if isinstance(dims, int) else list(dims)
-    return [
-        AttentionConfig(
-            kind="appended",
-            head_dim=dim,
-            to_pixels=f"{place}.to_k.weight" in shapes,
-            norm_tokens=f"{place}.norm_cross.weight" in shapes,
-        )
-        if place
-        else None
-        for dim, place in zip([*dims, dims[-1]], stack.places, strict=True)
-    ]
-
-
 def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
     """Arguments of UNet2DConditionModel; `extra` has what the net does not know."""
     attentions = [level.attention for level in c.levels]
@@ -179,9 +152,7 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         or (c.block.norm_groups, c.block.norm_eps) != (FIXED["norm_num_groups"], FIXED["norm_eps"])
     ):
         raise ValueError(f"diffusers' {CLASS} has no such U-Net of IF; save it as a sfumato system")
-    kinds = ["Resnet{}sampleBlock2D" if a is None else "SimpleCrossAttn{}Block2D" for a in attentions]
     factor = 1.0 if c.block.residual_scale == 1 else 1 / c.block.residual_scale
-    blocks = [level.blocks for level in c.levels]
     only = [a is not None and not a.to_pixels for a in attentions]
     act, once = c.block.activation, bool(extra.get("resnet_skip_time_act", factor != 1))
     return {
@@ -191,9 +162,8 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         "in_channels": c.in_channels,
         "out_channels": c.out_channels,
         "block_out_channels": [level.channels for level in c.levels],
-        "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
-        "down_block_types": [k.format("Down") for k in kinds],
-        "up_block_types": [k.format("Up") for k in reversed(kinds)],
+        "layers_per_block": one_or_all([level.blocks for level in c.levels]),
+        **kinds(c),
         "attention_head_dim": [c.middle.head_dim if a is None else a.head_dim for a in attentions],
         "only_cross_attention": only,
         "mid_block_only_cross_attention": not c.middle.to_pixels,

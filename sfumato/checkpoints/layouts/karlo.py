@@ -367,7 +367,7 @@ _HUB_UNET = Part(
     build=UNet,
     settings=residual.settings_of,
     config=residual.config_of,
-    names=residual.names_of,
+    names=residual.rows,
     published=residual.published,
     known=residual.KNOWN,
 )

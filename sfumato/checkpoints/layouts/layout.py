@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from sfumato.checkpoints.keymap import KeyMap
 from sfumato.core.registry import Registry, unknown
 
-__all__ = ["LAYOUTS", "OURS", "Layout", "Part", "Settings", "Shapes", "indices", "settled", "shape_of"]
+__all__ = [
+    "LAYOUTS",
+    "OURS",
+    "Layout",
+    "Part",
+    "Settings",
+    "Shapes",
+    "indices",
+    "one_or_all",
+    "settled",
+    "shape_of",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, which is all that a table looks at before the net is built."""
@@ -20,6 +31,7 @@ Settings = Mapping[str, object]
 OURS = "(config)"
 """Where settings carry what the tensors say of a net in our words."""
 C = TypeVar("C")
+V = TypeVar("V", int, float)
 
 
 def _none(settings: Settings) -> dict[str, Tensor]:
@@ -141,3 +153,8 @@ def indices(shapes: Shapes, prefix: str) -> int:
     start = f"{prefix}."
     numbers = [name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)]
     return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)
+
+
+def one_or_all(values: Sequence[V]) -> V | list[V]:
+    """The value of all levels, or a list of all where they differ, as references are told them."""
+    return values[0] if len(set(values)) == 1 else list(values)

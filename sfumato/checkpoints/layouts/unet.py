@@ -12,7 +12,7 @@ from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, TokensConfig
 from sfumato.nets.unet import LevelConfig, UNetConfig
 
-__all__ = ["Dialect", "Stack", "attentions", "config_of", "names_of", "stack_of", "supported"]
+__all__ = ["SELF", "Dialect", "Stack", "attentions", "config_of", "names_of", "stack_of", "supported"]
 
 Rows = list[tuple[str, str, LeafTable]]
 SELF: LeafTable = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sfumato.checkpoints.keymap import Leaf, LeafTable
-from sfumato.checkpoints.layouts.layout import LAYOUTS, OURS, Layout, Part, Settings, Shapes
+from sfumato.checkpoints.layouts.layout import LAYOUTS, OURS, Layout, Part, Settings, Shapes, one_or_all
 from sfumato.checkpoints.layouts.unet import (
     Dialect,
     Stack,
@@ -178,6 +178,7 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
     cross = ["CrossAttn" * (level.attention is not None) for level in c.levels]
     depths = [1 if level.attention is None else level.attention.depth for level in c.levels]
     depths[-1] = c.middle.depth
+    heads = [_heads(a, level.channels) for a, level in zip(by_level, c.levels, strict=True)]
     only = [level.attention is not None and not level.attention.to_pixels for level in c.levels]
     return {
         **FIXED,
@@ -186,11 +187,11 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
         "in_channels": c.in_channels,
         "out_channels": c.out_channels,
         "block_out_channels": [level.channels for level in c.levels],
-        "layers_per_block": _one([level.blocks for level in c.levels]),
+        "layers_per_block": one_or_all([level.blocks for level in c.levels]),
         "down_block_types": [f"{a}DownBlock2D" for a in cross],
         "up_block_types": [f"{a}UpBlock2D" for a in reversed(cross)],
-        "attention_head_dim": _one([_heads(a, v.channels) for a, v in zip(by_level, c.levels, strict=True)]),
-        "transformer_layers_per_block": _one(depths),
+        "attention_head_dim": one_or_all(heads),
+        "transformer_layers_per_block": one_or_all(depths),
         "only_cross_attention": only if any(only) else False,
         "use_linear_projection": not c.middle.conv_proj,
         "cross_attention_dim": c.token_dim,
@@ -204,10 +205,6 @@ def _published(c: UNetConfig, extra: Settings) -> dict[str, object]:
 def _heads(attention: AttentionConfig, width: int) -> int:
     """Heads, which diffusers calls attention_head_dim; of levels without attention any number will do."""
     return attention.heads or max(width // attention.head_dim, 1)
-
-
-def _one(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
 
 
 def _embedder(extras: tuple[EmbedderConfig, ...]) -> Mapping[str, object]:
