@@ -80,7 +80,8 @@ def guided(
 
     Args:
         system: a loaded one, or its path.
-        guides: the file or run of the classifier, the files of both towers of CLIP, or nets of `load_nets`.
+        guides: the file or run of the classifier; the run or the files of both towers of CLIP; or nets of
+            `load_nets`.
         scale: how strongly unless a request gives `guidance`; None = 1 for a classifier, 3 for CLIP.
         device, dtype: of what is read, as of `load`.
 
@@ -96,7 +97,8 @@ def guided(
         path = Path(guide)
         folder = path if (path / MANIFEST).is_file() else path / "system"
         if (folder / MANIFEST).is_file():
-            nets |= read_folder(folder, device=where, dtype=held).parts.nets
+            parts = read_folder(folder, device=where, dtype=held).parts
+            nets, words = nets | dict(parts.nets), parts.tokenizers.get("clip", words)
         else:
             found = read_foreign(path, device=where, dtype=held)
             nets, words = nets | dict(found.nets), found.tokenizers.get("tokenizer", words)

@@ -19,6 +19,7 @@ from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.classifier import NoisyClassifierConfig
 from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature, TokensConfig
+from sfumato.nets.noised_clip import NoisedTextConfig, NoisedVisionConfig
 from sfumato.nets.text import TextTransformerConfig
 from sfumato.nets.unet import UNetConfig, levels
 from sfumato.systems.options import SampleOptions
@@ -27,6 +28,7 @@ from sfumato.training.optim import OptimConfig
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.classifying import ClassifyingConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
+from sfumato.training.tasks.noised_contrastive import NoisedContrastiveConfig
 from sfumato.training.trainer import TrainerConfig
 
 __all__: list[str] = []  # everything is reached through RECIPES
@@ -64,6 +66,23 @@ def openmoji_classifier() -> Recipe:
         optim=OptimConfig(lr=6e-4, weight_decay=0.2, lr_schedule="cosine", warmup=1600),
         trainer=TrainerConfig(images=160_000, batch=32, ema=0.999),
         about=about("A classifier of noisy 32x32 OpenMoji pictures by group, for guidance."),
+    )
+
+
+@RECIPES("openmoji-noised-clip")
+def openmoji_noised_clip() -> Recipe:
+    """A CLIP of noisy 32x32 pictures, which guides the result of openmoji-glide; untried."""
+    text = NoisedTextConfig(width=192, depth=4, heads=4, vocab=4096, context=18, embed=192)
+    vision = NoisedVisionConfig(width=192, depth=5, heads=4, size=32, patch=4, embed=192)
+    return Recipe(
+        name="openmoji-noised-clip",
+        task=NoisedContrastiveConfig(vision=vision, text=text, schedule=COSINE),
+        data=replace(OPENMOJI, size=32, even="concept", shift=2),
+        optim=OptimConfig(
+            lr=1e-3, betas=(0.9, 0.98), weight_decay=0.2, lr_schedule="cosine", warmup=6400, final=0.01
+        ),
+        trainer=TrainerConfig(images=120_000, batch=128, ema=0.99, save_every=20_000),
+        about=about("A CLIP of noisy 32x32 OpenMoji pictures, for guidance."),
     )
 
 
@@ -134,6 +153,15 @@ def toy_classifier() -> Recipe:
     net = NoisyClassifierConfig(encoder=_encoder(8, (1,), (1, 2), 4), num_classes=3, size=16, head_dim=8)
     full = openmoji_classifier()
     return toy(full, ClassifyingConfig(net=net, schedule=COSINE))
+
+
+@RECIPES("toy-noised-clip")
+def toy_noised_clip() -> Recipe:
+    """Tiny twin of openmoji-noised-clip."""
+    text = NoisedTextConfig(width=16, depth=1, heads=2, vocab=300, context=10, embed=16)
+    vision = NoisedVisionConfig(width=16, depth=1, heads=2, size=16, patch=4, embed=16)
+    task = NoisedContrastiveConfig(vision=vision, text=text, schedule=COSINE)
+    return toy(openmoji_noised_clip(), task)
 
 
 @RECIPES("toy-glide")

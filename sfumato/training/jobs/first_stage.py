@@ -30,9 +30,10 @@ from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import Autoencoding, AutoencodingConfig
 from sfumato.training.tasks.classifying import Classifying, ClassifyingConfig
 from sfumato.training.tasks.contrastive import Contrastive, ContrastiveConfig
+from sfumato.training.tasks.noised_contrastive import NoisedContrastive, NoisedContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWords, CaptionWordsConfig, vocabulary
 
-__all__ = ["autoencoding", "caption_words", "classifying", "contrastive"]
+__all__ = ["autoencoding", "caption_words", "classifying", "contrastive", "noised_contrastive"]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -117,5 +118,27 @@ def contrastive(recipe: Recipe, config: ContrastiveConfig, place: Place) -> Job:
     def result(averaged: Mapping[str, nn.Module]) -> Folder:
         parts = Parts({"clip": averaged["clip"]}, {"tokenizer": tokenizer})
         return Folder(parts, {}, to_json(place.about), place.card)
+
+    return Job(task, picture_batches(recipe, place), result)
+
+
+def noised_contrastive(recipe: Recipe, config: NoisedContrastiveConfig, place: Place) -> Job:
+    """Publishes the towers of a noised CLIP, and its tokenizer.
+
+    Raises: ValueError if there are no captions, or the pictures are of another size.
+    """
+    check_captions(place.pictures)
+    if config.vision.size != recipe.data.size:
+        raise ValueError(
+            f"task.vision.size is {config.vision.size} and data.size {recipe.data.size}; set them equal"
+        )
+    text = config.text
+    tokenizer = vocabulary_of(place, text.vocab, text.context)
+    config = replace(config, text=replace(text, vocab=tokenizer.vocab_size))
+    task = NoisedContrastive(config, tokenizer, examples(place), place.world)
+    settle(task.modules, place.device)
+
+    def result(averaged: Mapping[str, nn.Module]) -> Folder:
+        return Folder(Parts(dict(averaged), {"clip": tokenizer}), {}, to_json(place.about), place.card)
 
     return Job(task, picture_batches(recipe, place), result)

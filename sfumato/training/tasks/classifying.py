@@ -19,7 +19,7 @@ from sfumato.nets.classifier import NoisyClassifier, NoisyClassifierConfig
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Classifying", "ClassifyingConfig"]
+__all__ = ["Classifying", "ClassifyingConfig", "noised"]
 
 SHOWN = (0.0, 0.25, 0.5, 0.75)  # of the schedule: the noise of the preview's rows
 
@@ -58,7 +58,7 @@ class Classifying:
         """See Task; also the share of right answers, at all levels of noise and at the cleaner half."""
         assert batch.labels is not None
         drawn, last = self.config.times.sample(self.config.schedule, noise), self.config.schedule.span[1]
-        x_t, t = self.noised(batch.pictures, drawn.t, noise)
+        x_t, t = noised(self.config.schedule, batch.pictures, drawn.t, noise)
         label = batch.labels.to(x_t.device)
         logits = self.modules["classifier"](x_t, t)
         loss = F.cross_entropy(logits, label, reduction="none") * drawn.importance.to(logits)
@@ -66,19 +66,20 @@ class Classifying:
         share = (right * clean).sum() / clean.sum().clamp_min(1)
         yield Loss("classifier", loss.mean(), {"right": right.mean(), "right_clean": share})
 
-    def noised(self, x0: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        """x_t at the times (B,) of the schedule, and what the net is told of them."""
-        level = self.config.schedule(t)
-        x_t = expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * noise(x0)
-        return x_t, model_time(x_t, level)
-
     def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
         """The examples at some levels of noise, pale where the net is not sure of its first class."""
         net = averaged["classifier"]
         x0, rows = self.examples.to(next(net.parameters()).device), []
         for share in SHOWN:
             t = torch.full((len(x0),), round(share * self.config.schedule.span[1]), dtype=torch.float64)
-            x_t, told = self.noised(x0, t, Noise(range(len(x0))))
+            x_t, told = noised(self.config.schedule, x0, t, Noise(range(len(x0))))
             sure = net(x_t, told).softmax(1).amax(1)
             rows.append(1 - expand(sure, x0) * (1 - x_t.clamp(-1, 1)))
         return torch.cat(rows)
+
+
+def noised(schedule: ScheduleConfig, x0: Tensor, t: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    """x_t of x0 (B, C, H, W) at the times (B,) of the schedule, and what a net is told of them."""
+    level = schedule(t)
+    x_t = expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * noise(x0)
+    return x_t, model_time(x_t, level)

@@ -18,7 +18,7 @@ from sfumato.text.tokenizers import Tokenizer
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Contrastive", "ContrastiveConfig", "info_nce"]
+__all__ = ["LIMIT", "Contrastive", "ContrastiveConfig", "info_nce"]
 
 LIMIT = math.log(100)  # of the learned logarithmic scale
 

@@ -14,7 +14,7 @@ from sfumato.nets.embedding import EmbeddingConfig
 from sfumato.nets.unet import UNetConfig, levels
 from sfumato.training.batches import Batch
 from sfumato.training.task import Moment
-from sfumato.training.tasks.classifying import Classifying, ClassifyingConfig
+from sfumato.training.tasks.classifying import Classifying, ClassifyingConfig, noised
 
 COSINE = Discrete(formula="cosine")
 NET = UNetConfig(
@@ -41,7 +41,7 @@ def batch(n: int = 8) -> Batch:
 
 def test_a_picture_is_noised_as_the_schedule_says():
     x0, t = torch.ones(2, 3, 8, 8), torch.tensor([0.0, 999.0], dtype=torch.float64)
-    x_t, told = task().noised(x0, t, Noise([1, 2]))
+    x_t, told = noised(COSINE, x0, t, Noise([1, 2]))
     assert told.tolist() == [0.0, 999.0]
     noise = Noise([1, 2])(x0)
     alpha, sigma = COSINE.table.alpha[[0, -1]], COSINE.table.sigma[[0, -1]]
