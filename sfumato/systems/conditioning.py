@@ -12,7 +12,7 @@ from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
 from sfumato.conditioners.image import Depth, Edit, ImageEmbed, Inpaint, LowRes
-from sfumato.conditioners.label import LabelCond
+from sfumato.conditioners.label import LabelCond, LabelToken
 from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
 from sfumato.conditioners.vision import ClipImage
@@ -20,6 +20,7 @@ from sfumato.core.registry import unknown
 from sfumato.core.types import Reading
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.clip import CLIPText, CLIPVision, EmbeddingMoments
+from sfumato.nets.told import ClassToken
 from sfumato.systems.codec import Codec, Latents
 
 __all__ = [
@@ -119,16 +120,27 @@ class SizesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """See conditioners.label.LabelCond; `names` are those of the classes, for people."""
+    """See conditioners.label.LabelCond; `names` are those of the classes, for people.
+
+    `encoder` names a ClassToken among the parts, which makes a token of the class; "" = the net reads it.
+    """
 
     num_classes: int
     names: tuple[str, ...] = ()
     null: bool = True
+    encoder: str = ""
     kind: Literal["label"] = "label"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LabelCond(self.num_classes, self.null)
+        labels = LabelCond(self.num_classes, self.null)
+        if not self.encoder:
+            return labels
+        encoder = part_of("network", self.encoder, parts.nets)
+        rows = self.num_classes + self.null
+        if not isinstance(encoder, ClassToken) or encoder.config.rows < rows:
+            raise ValueError(f"network {self.encoder!r} must be a ClassToken of at least {rows} classes")
+        return LabelToken(labels, encoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +182,12 @@ class InpaintConfig:
 
     mask_first: bool = True
     marks_known: bool = False
+    black: bool = False
     kind: Literal["inpaint"] = "inpaint"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return Inpaint(codec.encode, self.mask_first, self.marks_known)
+        return Inpaint(codec.encode, self.mask_first, self.marks_known, self.black)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from sfumato.nets.unclip import LastStepConfig
 TEXT = CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16)
 VISION = CLIPVisionConfig(side=32, patch=8, width=16, depth=1, heads=2, hidden=32, embed=16)
 # EDM2's layers normalize their own weights and are none that adapters know; the others have no layer.
-ALONE = ("edm2", "embedding_moments", "null_image")
+ALONE = ("class_token", "edm2", "embedding_moments", "null_image")
 EVERY = LoraConfig(rank=2, alpha=3.0, targets=("*",))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from sfumato.checkpoints.keymap import KeyMap
 from sfumato.checkpoints.layouts import clip_text
 from sfumato.checkpoints.layouts.clip import open_text_map
+from sfumato.checkpoints.layouts.latent_file import FIRST_STAGE, NET, VAE
 from sfumato.checkpoints.layouts.layout import (
     LAYOUTS,
     Layout,
@@ -23,7 +24,6 @@ from sfumato.nets.clip import CLIPText, CLIPTextConfig
 __all__: list[str] = []  # everything is reached through LAYOUTS
 
 HEAD = 64  # width of a head in all published text towers of CLIP
-VAE = replace(LAYOUTS["vae-compvis"].parts[0], prefix="first_stage_model.")
 
 
 def _openai(shapes: Shapes, given: Settings) -> Settings:
@@ -77,10 +77,6 @@ SECOND = Part(
     names=lambda config: open_text_map(config) + KeyMap((), ("logit_scale", "attn_mask")),
     published=_open_published,
 )
-NET = tuple(
-    f"{UNET.prefix}{n}.weight" for n in ("input_blocks.0.0", "middle_block.1.proj_in", "time_embed.0")
-)
-FIRST_STAGE = f"{VAE.prefix}decoder.up.0.block.0.conv1.weight"
 CONTROLLED = ("control_model.",)  # with these a file is one of the layouts in `controlnet`
 OPENAI, OPEN = "<|endoftext|>", "!"  # what short texts are filled with
 MARKERS: dict[str, Settings] = {"v_pred": {"parameterization": "v"}, "ztsnr": {"zero_snr": True}}
