@@ -115,12 +115,15 @@ def _of_one_head(config: UNetConfig) -> UNetConfig:
 
 
 def _extras(shapes: Shapes, context: int) -> tuple[EmbedderConfig, ...]:
-    """What is added to the embedding of time; tokens of width 1024 are those of Stable Diffusion 2."""
+    """What is added to the embedding of time.
+
+    Tokens of width 1024 are those of Stable Diffusion 2; SDXL's vectors hold a pooled text beside its sizes.
+    """
     if (rows := shapes.get("label_emb.weight")) is not None:
         return (EmbedderConfig(kind="table", features=(Feature(field="aug", dim=rows[0]),)),)
     if (vector := shapes.get("label_emb.0.0.weight")) is None:
         return ()
-    if context != 1024:
+    if context != 1024 and (vector[1] > 6 * SIZES or vector[1] == 5 * SIZES + context):
         return (sized(vector[1], context, SIZES),)
     half = vector[1] // 2
     features = (Feature(field="image_embed", dim=half), Feature(field="aug", dim=1, sinusoid=half))
