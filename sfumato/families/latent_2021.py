@@ -14,10 +14,12 @@ from sfumato.nets.text import TextTransformer
 from sfumato.nets.told import ClassToken
 from sfumato.nets.unet import UNet
 from sfumato.systems.conditioning import (
+    BoxesConfig,
     ConditionerConfig,
     InpaintConfig,
     LabelConfig,
     LowResConfig,
+    SemanticConfig,
     TokenTextConfig,
 )
 from sfumato.systems.config import About, StageConfig, SystemConfig
@@ -26,6 +28,7 @@ from sfumato.systems.system import System, assemble
 __all__: list[str] = []  # everything is reached through ASSEMBLIES
 
 SIDE = 256  # pixels that all but one were trained on
+BOXES = 92  # tokens of a layout: 30 boxes of 3, and the 2 corners of the picture
 IMAGENET = 1000  # classes; a table with one row more has a null class
 # Their DDIM: steps 1, 1 + n, ..., down to the first level of the table and not to the clean picture.
 SCHEDULER = {
@@ -77,6 +80,12 @@ def _pictures(found: Foreign) -> System:
     return _system(found, kinds[spare])
 
 
+@ASSEMBLIES("ldm-semantic-compvis")
+def _semantic(found: Foreign) -> System:
+    """Pictures of a map of classes."""
+    return _system(found, _Task("semantic synthesis", (SemanticConfig(),), betas=(0.0015, 0.0205)))
+
+
 @ASSEMBLIES("ldm-class-compvis")
 def _classes(found: Foreign) -> System:
     """ImageNet; with a null class as its notebook draws, without one as its FID was measured."""
@@ -90,7 +99,10 @@ def _classes(found: Foreign) -> System:
 
 @ASSEMBLIES("ldm-text-compvis")
 def _text(found: Foreign) -> System:
-    """Text to image. Raises: ValueError if the vocabulary is missing."""
+    """Text to image, or a layout of boxes. Raises: ValueError if the vocabulary is missing."""
+    text = found.nets["text"]
+    if isinstance(text, TextTransformer) and text.config.context == BOXES:
+        return _system(found, _Task("layout to image", (BoxesConfig(),), betas=(0.0015, 0.0205)))
     if "tokenizer" not in found.tokenizers:
         raise ValueError(
             "there is no vocabulary of BERT; copy vocab.txt of bert-base-uncased beside the file, or into a "

@@ -205,14 +205,15 @@ PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "heart", "a", "##
 TEXTS = ["A red heart", "Blue hearts, a café"]
 
 
-def bert(path: Path) -> tuple[Any, Any, dict[str, Tensor]]:
+def bert(path: Path, length: int = 77) -> tuple[Any, Any, dict[str, Tensor]]:
     """The tower of diffusers, its tokenizer, and the same tensors as original files name them."""
     path.mkdir()
     (path / "vocab.txt").write_text("\n".join(PIECES) + "\n", "utf-8")
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
     shape = {"d_model": 24, "encoder_layers": 2, "encoder_ffn_dim": 96, "encoder_attention_heads": 8}
-    tower = randomized(LDMBertModel(LDMBertConfig(vocab_size=len(PIECES), head_dim=64, **shape)), 4)
+    shape |= {"max_position_embeddings": length, "head_dim": 64}
+    tower = randomized(LDMBertModel(LDMBertConfig(vocab_size=len(PIECES), **shape)), 4)
     names = {"model.embed_tokens": "token_emb", "model.embed_positions": "pos_emb.emb"}
     names |= {"model.layer_norm": "norm", "to_logits": "to_logits"}
     for i in range(2):
@@ -258,6 +259,37 @@ def test_a_text_file_draws_the_pictures_of_its_pipeline(tmp_path: Path) -> None:
     (tmp_path / "tokenizer/vocab.txt").unlink()
     with pytest.raises(ValueError, match=r"there is no vocabulary of BERT; copy vocab.txt"):
         sfumato.load(file, config=HEADS)
+
+
+def test_a_layout_is_read_by_the_same_tower(tmp_path: Path) -> None:
+    """30 boxes on a grid as large as the ids allow: 3 x 3 for twelve."""
+    tower, _, state = bert(tmp_path / "tokenizer", 92)
+    unet, vae = transformer(3), first_stage()
+    system = sfumato.load(single(tmp_path, "ldm-text-compvis", unet, vae, state), config=HEADS)
+    ids = torch.full((2, 92), len(PIECES) - 1)
+    ids[:, -2:] = torch.tensor([0, 8])
+    ids[0, :3], ids[1, :6] = torch.tensor([5, 0, 4]), torch.tensor([1, 4, 8, 9, 1, 8])
+    tokens = tower(ids)[0]
+    expected = loop(unet, vae, lambda x, t: unet(x, t, tokens).sample)
+    assert expected.std() > 0.05
+    texts = ["5 0 0 0.5 0.5", "1 0.5 0.5 1 1; 9 0.5 0 1 1"]
+    torch.testing.assert_close(drawn(system, text=texts), expected, **CLOSE)
+    sfumato.save(system, tmp_path / "native")
+    assert torch.equal(drawn(sfumato.load(tmp_path / "native"), text=texts), drawn(system, text=texts))
+
+
+def test_semantic_synthesis_reads_a_map_of_classes(tmp_path: Path) -> None:
+    unet, vae = plain(6), first_stage()
+    mix = torch.randn(3, 182, 1, 1, generator=torch.Generator().manual_seed(7))
+    more = {"cond_stage_model.channel_mapper.weight": mix}
+    system = sfumato.load(single(tmp_path, "ldm-semantic-compvis", unet, vae, more), config=HEADS)
+    classes = torch.randint(182, (2, 16, 16))
+    hot = nn.functional.one_hot(classes, 182).permute(0, 3, 1, 2).float()
+    told = nn.functional.conv2d(nn.functional.interpolate(hot, scale_factor=0.5, mode="bilinear"), mix)
+    expected = loop(unet, vae, lambda x, t: unet(torch.cat([x, told], 1), t).sample)
+    assert expected.std() > 0.05
+    hint = classes[:, None].expand(2, 3, 16, 16) / 127.5 - 1
+    torch.testing.assert_close(drawn(system, hint=hint), expected, **CLOSE)
 
 
 def test_buffers_and_averages_of_a_file_are_what_it_draws_with(tmp_path: Path) -> None:

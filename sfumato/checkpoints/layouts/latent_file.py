@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable, stacked
+from sfumato.checkpoints.keymap import KeyMap, Leaf, LeafTable, squeezed, stacked
 from sfumato.checkpoints.layouts import adm
 from sfumato.checkpoints.layouts.layout import (
     LAYOUTS,
@@ -23,7 +23,7 @@ from sfumato.checkpoints.layouts.layout import (
 )
 from sfumato.checkpoints.layouts.unet_compvis import UNET, published_heads
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
-from sfumato.nets.told import ClassToken, ClassTokenConfig
+from sfumato.nets.told import ClassMap, ClassMapConfig, ClassToken, ClassTokenConfig
 
 __all__ = ["FIRST_STAGE", "NET", "VAE"]
 
@@ -129,6 +129,18 @@ CLASS = Part(
     published=lambda config, extra: {"n_classes": config.rows, "embed_dim": config.width},
     prefix="cond_stage_model.",
 )
+MIX: LeafTable = {"channel_mapper": Leaf("mix", squeezed(2, 3), ("weight",))}
+MAP = Part(
+    name="map",
+    build=ClassMap,
+    settings=lambda shapes, given: dict(
+        zip(("out_channels", "in_channels"), shape_of(shapes, "channel_mapper.weight", 4)[:2], strict=True)
+    ),
+    config=lambda s: ClassMapConfig(classes=int(str(s["in_channels"])), channels=int(str(s["out_channels"]))),
+    names=lambda config: KeyMap.of([("", "", MIX)]),
+    published=lambda config, extra: {"out_channels": config.channels, "in_channels": config.classes},
+    prefix="cond_stage_model.",
+)
 
 
 # Beside the networks
@@ -150,28 +162,15 @@ def _beside(state: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
 
 
 TOLERANCE = 2e-3  # relative, of a table in half precision
-LAYOUTS("ldm-class-compvis")(
-    Layout(
-        (UNET, VAE, CLASS),
-        (*NET, FIRST_STAGE, "cond_stage_model.embedding.weight"),
-        beside=_beside,
-        averages=True,
-    )
-)
-LAYOUTS("ldm-text-compvis")(
-    Layout(
-        (UNET, VAE, TEXT),
-        (*NET, FIRST_STAGE, f"{TEXT.prefix}token_emb.weight"),
-        vocabulary="bert",
-        beside=_beside,
-        averages=True,
-    )
-)
-LAYOUTS("ldm-compvis")(
-    Layout(
-        (PLAIN, VAE),
-        (f"{PLAIN.prefix}middle_block.1.qkv.weight", FIRST_STAGE),
-        beside=_beside,
-        averages=True,
-    )
-)
+
+
+def _whole(*parts: Part[Any], mark: str, vocabulary: Literal["", "bert"] = "") -> Layout:
+    marks = (*(NET if parts[0] is UNET else (PLAIN_NET,)), FIRST_STAGE, *([mark] if mark else []))
+    return Layout(parts, marks, vocabulary=vocabulary, beside=_beside, averages=True)
+
+
+PLAIN_NET = f"{PLAIN.prefix}middle_block.1.qkv.weight"
+LAYOUTS("ldm-class-compvis")(_whole(UNET, VAE, CLASS, mark=f"{CLASS.prefix}embedding.weight"))
+LAYOUTS("ldm-text-compvis")(_whole(UNET, VAE, TEXT, mark=f"{TEXT.prefix}token_emb.weight", vocabulary="bert"))
+LAYOUTS("ldm-semantic-compvis")(_whole(PLAIN, VAE, MAP, mark=f"{MAP.prefix}channel_mapper.weight"))
+LAYOUTS("ldm-compvis")(_whole(PLAIN, VAE, mark=""))
