@@ -1,4 +1,4 @@
-"""The latent diffusion systems of 2021 from their single files (Rombach et al. 2022, arXiv:2112.10752)."""
+"""The latent diffusion systems of 2021 (Rombach et al. 2022, arXiv:2112.10752), from their single files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sfumato.systems.conditioning import (
 from sfumato.systems.config import About, StageConfig, SystemConfig
 from sfumato.systems.system import System, assemble
 
-__all__: list[str] = []  # everything is reached through ASSEMBLIES
+__all__ = ["pictures"]  # all else is reached through ASSEMBLIES
 
 SIDE = 256  # pixels that all but one were trained on
 BOXES = 92  # tokens of a layout: 30 boxes of 3, and the 2 corners of the picture
@@ -58,8 +58,11 @@ class _Task:
 
 
 @ASSEMBLIES("ldm-compvis")
-def _pictures(found: Foreign) -> System:
-    """Without tokens: what else the U-Net reads is in its channels."""
+def pictures(found: Foreign) -> System:
+    """Without tokens: what else the U-Net reads is in its channels; also from a folder of diffusers.
+
+    Raises: ValueError if it is of no known number.
+    """
     net, vae = found.nets["net"], found.nets["vae"]
     assert isinstance(net, UNet)
     assert isinstance(vae, Autoencoder)
@@ -126,21 +129,25 @@ def _system(found: Foreign, task: _Task) -> System:
             f"the U-Net draws {net.config.out_channels} channels and reads tokens of {net.config.token_dim}, "
             f"the others have {vae.config.embed_dim} and {width}; they do not belong together"
         )
-    betas = found.extras.get("scheduler") or dict(zip(("beta_start", "beta_end"), task.betas, strict=True))
-    sampling = sampling_of({**SCHEDULER, **betas}, steps=task.steps, guidance=CFG(task.guidance))
-    side = SIDE // vae.config.factor
-    # Latents before quantization are taken as they are, those of a KL first stage scaled.
-    scale = {"scaling_factor": 1.0} if vae.config.kind == "vq" else {}
+    told = found.extras.get("scheduler") or dict(zip(("beta_start", "beta_end"), task.betas, strict=True))
+    told = told if "_class_name" in told else {**SCHEDULER, **told}  # of a folder, or of a file's own table
+    sampling = sampling_of(told, steps=task.steps, guidance=CFG(task.guidance))
+    side = found.settings["net"].get("sample_size") or SIDE // vae.config.factor
+    assert isinstance(side, int)
+    # Latents before quantization are taken as they are, and diffusers' super-resolution scales none.
+    usual = {"scaling_factor": 1.0} if vae.config.kind == "vq" else {}
+    enlarges = any(isinstance(c, LowResConfig) for c in task.conditioners)
+    own = {} if enlarges else found.settings["vae"]
     stage = StageConfig(
         net="net",
         schedule=sampling.schedule,
-        parameterization="eps",
+        parameterization=sampling.parameterization,
         conditioners=task.conditioners,
-        codec=latents_of({**scale, **found.extras.get("vae", {})}),
+        codec=latents_of({**usual, **own, **found.extras.get("vae", {})}),
         shape=(vae.config.embed_dim, side, side),
         defaults=replace(sampling.defaults, knobs={"eta": task.eta} if task.eta else {}),
     )
-    about = About(name=f"Latent diffusion, {task.name}", summary="Read from a single file.")
+    about = About(name=f"Latent diffusion, {task.name}", summary="Read from files of another program.")
     return assemble(
         SystemConfig(stages=(stage,)), Parts(dict(found.nets), dict(found.tokenizers)), about=about
     )
