@@ -20,6 +20,7 @@ from sfumato.nets.told import ClassToken, ClassTokenConfig
 from sfumato.nets.unet import UNet
 from sfumato.systems.codec import Pixels
 from sfumato.systems.conditioning import LabelConfig
+from sfumato.training.jobs.base import read_base
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -205,6 +206,8 @@ def test_a_class_is_a_token_and_the_last_of_1001_none(rows: int, tmp_path: Path)
     sfumato.save(system, tmp_path / "native")
     again = sfumato.load(tmp_path / "native")
     assert torch.equal(drawn(again, label=labels), drawn(system, label=labels))
+    with pytest.raises(ValueError, match="is conditioned by a class as a token; only texts of a tower"):
+        read_base(tmp_path / "native", torch.device("cpu"))
 
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "heart", "a", "##s", "blue", ",", "cafe"]
