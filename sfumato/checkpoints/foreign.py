@@ -18,6 +18,7 @@ from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.checkpoints.layouts.layout import Part, Settings
 from sfumato.checkpoints.native import staging
 from sfumato.checkpoints.weights import assign, floating, parameter_free
+from sfumato.text.bert import bert_tokenizer
 from sfumato.text.clip import clip_tokenizer, clip_vocabulary
 from sfumato.text.glide import glide_tokenizer
 from sfumato.text.t5 import t5_tokenizer
@@ -32,6 +33,7 @@ SHARDED = ("index.json", "index.fp16.json", "fp16.index.json")  # endings of lis
 DENOISERS, FIRST_STAGES = ("unet", "transformer", "decoder"), ("vae", "vqvae")
 WRITTEN = (".pt", ".safetensors")
 AVERAGES = "model_ema."  # what latent diffusion keeps beside the net, names without dots
+AVERAGED = f"{AVERAGES}diffusion_model"
 INSIDE = ("ema", "model", "state_dict")  # where training checkpoints keep the net, the best first
 TOLERANCE = 2e-3  # of constants: files in half precision hold them rounded
 
@@ -280,10 +282,13 @@ def _folder_weights(path: Path) -> dict[str, Tensor]:
 def _vocabulary(folder: Path, found: Foreign) -> dict[str, Tokenizer]:
     """The tokenizers of a file with text towers: a vocabulary beside it, or that of an installed package."""
     kind, places = LAYOUTS[next(iter(found.layouts.values()))], [folder / "tokenizer", folder]
+    told: Any = found.settings.get("text")
     if kind.vocabulary == "gpt2":
-        told: Any = found.settings["text"]
         gpt2 = glide_tokenizer(Path(told["tokenizer"]) if told["tokenizer"] else places, told["text_ctx"])
         return {} if gpt2 is None else {"tokenizer": gpt2}
+    if kind.vocabulary == "bert":
+        bert = bert_tokenizer(places, told["max_seq_len"])
+        return {} if bert is None else {"tokenizer": bert}
     length: Any = found.settings["clip_text"]["max_text_len"] if kind.vocabulary == "clip" else None
     pads = kind.pads or ({"tokenizer": ""} if kind.vocabulary == "clip" else {})
     place = clip_vocabulary(places) if pads else None
@@ -320,9 +325,9 @@ def _read_state(state: Mapping[str, Tensor], layout: str | None, config: Setting
     kind = LAYOUTS[name]
     marked = {k: v for mark, said in kind.markers.items() if mark in state for k, v in said.items()}
     config = {**kind.files.get(path.stem, {}), **marked, **config}
-    averages = config.get("use_ema", False)
+    averages = config.get("use_ema", kind.averages and any(n.startswith(AVERAGED) for n in state))
     config = {k: v for k, v in config.items() if k != "use_ema"}
-    found = Foreign({}, {}, {})
+    found = Foreign({}, {}, {}, kind.beside(state))
     prefixed = any(n.startswith(part.prefix) for part in kind.parts for n in state)
     for part in kind.parts if prefixed else [replace(part, prefix="") for part in kind.parts]:
         own = {n.removeprefix(part.prefix): v for n, v in state.items() if n.startswith(part.prefix)}

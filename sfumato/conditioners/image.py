@@ -163,11 +163,13 @@ class Inpaint(Kept):
         encode: picture (n, 3, H, W) -> what the network works on, (n, C, h, w).
         mask_first: mask before picture (Stable Diffusion) or after it (GLIDE).
         marks_known: the mask is 1 where the picture is known, and without a picture nothing is (GLIDE).
+        black: the hole is black, not gray, and the mask -1 where the picture is known (latent diffusion).
     """
 
     encode: Callable[[Tensor], Tensor]
     mask_first: bool = True
     marks_known: bool = False
+    black: bool = False
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
         """Field concat (n, C + 1, h, w).
@@ -181,10 +183,10 @@ class Inpaint(Kept):
             raise ValueError("this system fills holes in a picture: give an image and a mask (1 = repaint)")
         if inputs.size is not None:
             image, hole = fitted(image, inputs.size), shrink_mask(hole, inputs.size)
-        known = self.encode(image * (1 - hole))
+        known = self.encode(image * (1 - hole) - hole if self.black else image * (1 - hole))
         # As nets of latents were trained: the corner of a cell says for all of it.
         mask = F.interpolate(hole, size=known.shape[-2:], mode="nearest").to(known)
-        mask = 1 - mask if self.marks_known else mask
+        mask = 1 - mask if self.marks_known else 2 * mask - 1 if self.black else mask
         return Conditioning(concat=torch.cat([mask, known] if self.mask_first else [known, mask], dim=1))
 
 

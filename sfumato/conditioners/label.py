@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from sfumato.core.random import Noise
 from sfumato.core.types import Conditioning, Inputs
 
-__all__ = ["LabelCond"]
+__all__ = ["LabelCond", "LabelToken"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,32 @@ class LabelCond:
             return cond
         assert cond.label is not None
         return replace(cond, label=torch.full_like(cond.label, self.num_classes))
+
+
+@dataclass(frozen=True)
+class LabelToken:
+    """The class as a token, as latent diffusion is told it.
+
+    Attributes:
+        labels: what the classes are; its null class is a class of the encoder, too.
+        encoder: label (B,) -> tokens (B, 1, D).
+    """
+
+    labels: LabelCond
+    encoder: nn.Module
+
+    def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
+        """Field tokens (n, 1, D); errors as of LabelCond."""
+        label = self.labels(inputs).label
+        assert label is not None
+        return Conditioning(tokens=self._tokens(label))
+
+    def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
+        """The token of the null class for every picture; `cond` itself if there is none."""
+        if not self.labels.has_null:
+            return cond
+        return replace(cond, tokens=self._tokens(torch.full((inputs.n,), self.labels.num_classes)))
+
+    def _tokens(self, label: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(label.to(next(self.encoder.parameters()).device))
+        return tokens

@@ -10,6 +10,7 @@ from sfumato.families import (  # noqa: F401 (fill ASSEMBLIES, PUBLICATIONS, REC
     glide,
     imagen,
     latent,
+    latent_2021,
     openmoji_unclip,
     pixel,
     scenes,

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that draw pixels with a UNet2DModel: DDPMPipeline and DDIMPipeline."""
+"""Pipelines of diffusers with a UNet2DModel: DDPMPipeline, DDIMPipeline, and those of latent diffusion."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sfumato.checkpoints.foreign import Foreign
 from sfumato.checkpoints.native import Parts
 from sfumato.diffusion.guidance import CFG
 from sfumato.families.assembly import ASSEMBLIES
+from sfumato.families.latent_2021 import pictures
 from sfumato.families.schedulers import sampling_of
 from sfumato.nets.unet import UNet
 from sfumato.systems.conditioning import LabelConfig
@@ -21,7 +22,9 @@ STEPS = {"DDPMScheduler": 1000}  # what the pipelines draw with, and 50 with any
 
 @ASSEMBLIES("unet2d-diffusers")
 def _ddpm(found: Foreign) -> System:
-    """The pipeline's walk: every step of DDPM, or 50 of another scheduler."""
+    """The pipeline's walk: every step of DDPM, or 50 of another scheduler; with a first stage, on latents."""
+    if "vae" in found.nets:
+        return pictures(found)
     net, settings = found.nets["net"], found.settings["net"]
     assert isinstance(net, UNet)
     told = found.extras.get("scheduler", {"_class_name": "DDPMScheduler"})

@@ -15,7 +15,7 @@ from sfumato.diffusion.guidance import CFG, Embedded
 from sfumato.families import sdxl
 from sfumato.families.assembly import ASSEMBLIES, latents_of, needed
 from sfumato.families.schedulers import Sampling, sampling_of
-from sfumato.families.stable_inputs import Told, told_of, variations
+from sfumato.families.stable_inputs import UPSCALER, Told, told_of, variations
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIPText
 from sfumato.nets.unet import UNet
@@ -30,6 +30,7 @@ __all__ = ["stable_system"]
 STEPS, GUIDANCE = 50, CFG(7.5)
 DISTILLED_STEPS = 4
 NEEDED = ("net", "vae", "text_encoder")
+UPSCALER_SCALE = 0.08333  # of the latents of the x4 upscaler
 
 
 # What the single files of both versions were trained with; the sampler is that of their scripts.
@@ -74,16 +75,20 @@ def _steered(found: Foreign) -> System:
 
 
 @ASSEMBLIES("sd2-compvis")
+@ASSEMBLIES("sd2-unclip-compvis")
 def _second(found: Foreign) -> System:
     """A single file of the second version: its tensors do not tell whether it predicts eps or v."""
     said = found.settings["net"]["parameterization"]
-    sampling = sampling_of(SCHEDULER, steps=STEPS, guidance=GUIDANCE)
+    scheduler, found = _of_kind(found)
+    sampling = sampling_of(scheduler, steps=STEPS, guidance=GUIDANCE)
     text = found.nets["text_encoder"]
     # Published towers have a block more than is read, and a projection; those that diffusers had do not.
     skip = int(isinstance(text, CLIPText) and text.projection is not None)
     system = stable_system(found, sampling, "Read from a single file.", skip=skip)
     stage, how = system.stages[0], "as was said"
-    if said is None:
+    if said is None and "sample_size" in found.settings["net"]:
+        said, how = "v", "as the published one"
+    elif said is None:
         cond = system.config.stages[0].conditioners[0].build(system.parts, stage.codec)(Inputs())
         said, how = (
             predicts(stage.denoiser.net, cond, stage.shape[0], stage.factor // stage.codec.factor),
@@ -91,6 +96,24 @@ def _second(found: Foreign) -> System:
         )
     sampling = replace(sampling, parameterization=str(said))
     return stable_system(found, sampling, f"Read from a single file; it predicts {said}, {how}.", skip=skip)
+
+
+def _of_kind(found: Foreign) -> tuple[dict[str, object], Foreign]:
+    """The scheduler of a file, and what its settings would say in a folder, by what is told beside the time.
+
+    The x4 upscaler and unCLIP were published with schedules, scales and sizes of their own.
+    """
+    net, settings, scheduler = found.nets["net"], dict(found.settings), dict[str, object](SCHEDULER)
+    told = net.config.embedding.extras if isinstance(net, UNet) else ()
+    if told and told[0].kind == "table":
+        scheduler |= UPSCALER
+        settings |= {
+            "net": {**settings["net"], "sample_size": 128},
+            "vae": {"scaling_factor": UPSCALER_SCALE},
+        }
+    elif told:
+        settings["net"] = {**settings["net"], "sample_size": 96}
+    return scheduler, replace(found, settings=settings)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from sfumato.systems.conditioning import (
 from sfumato.systems.config import About, StageConfig, SystemConfig
 from sfumato.systems.system import System, assemble
 
-__all__ = ["Told", "extended", "told_of", "variations"]
+__all__ = ["UPSCALER", "Told", "extended", "told_of", "variations"]
 
 PIPELINES: Mapping[type, str] = {
     InpaintConfig: "StableDiffusionInpaintPipeline",

@@ -60,6 +60,8 @@ class NetTable(Mapping[str, NetKind]):
 NETS = NetTable(
     {
         "autoencoder": ("autoencoder", "AutoencoderConfig", "Autoencoder"),
+        "class_map": ("told", "ClassMapConfig", "ClassMap"),
+        "class_token": ("told", "ClassTokenConfig", "ClassToken"),
         "clip": ("clip", "CLIPConfig", "CLIP"),
         "clip_text": ("clip", "CLIPTextConfig", "CLIPText"),
         "clip_vision": ("clip", "CLIPVisionConfig", "CLIPVision"),

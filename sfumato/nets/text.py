@@ -23,6 +23,8 @@ class TextTransformerConfig:
             "learned" = an embedding each in the place of token and position, read like any other (GLIDE);
             "read" = read as the tokens that stand there. If they are read, the vector of the whole text is
             that of the last position, else the mean.
+        head_dim: width of a head if it is not width / heads; see `SelfAttention`. The published towers of
+            latent diffusion have 64.
     """
 
     vocab_size: int
@@ -31,19 +33,20 @@ class TextTransformerConfig:
     depth: int = 4
     heads: int = 4
     padding: Literal["masked", "learned", "read"] = "masked"
+    head_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if not self.head_dim and self.width % self.heads:
             raise ValueError(f"text width {self.width} is not a multiple of heads {self.heads}")
 
 
 class TextBlock(nn.Module):
     """Pre-norm self-attention and feed-forward."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, head_dim=head_dim)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = FeedForward(width, 4 * width)
 
@@ -66,7 +69,8 @@ class TextTransformer(nn.Module):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(config.context, config.width))
-        self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.depth))
+        shape = config.width, config.heads, config.head_dim
+        self.blocks = nn.ModuleList(TextBlock(*shape) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)

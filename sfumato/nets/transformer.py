@@ -28,15 +28,17 @@ class SelfAttention(nn.Module):
         dim: token width.
         heads: number of heads; must divide dim.
         qk_norm: normalize q and k per head (Dehghani et al. 2023, arXiv:2302.05442, with RMSNorm).
+        head_dim: width of a head where heads do not divide dim among them; q, k and v then have no bias.
     """
 
-    def __init__(self, dim: int, heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool = False, head_dim: int = 0) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = fused(nn.Linear(dim, 3 * dim), 3)
-        self.out = nn.Linear(dim, dim)
-        self.q_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        inner, each = (heads * head_dim, head_dim) if head_dim else (dim, dim // heads)
+        self.qkv = fused(nn.Linear(dim, 3 * inner, bias=not head_dim), 3)
+        self.out = nn.Linear(inner, dim)
+        self.q_norm: nn.Module = nn.RMSNorm(each, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.RMSNorm(each, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False, turn: Rotation | None = None

@@ -12,7 +12,8 @@ from sfumato.checkpoints.native import Parts
 from sfumato.conditioners.base import Conditioner
 from sfumato.conditioners.clip import ClipText, Tower
 from sfumato.conditioners.image import Depth, Edit, ImageEmbed, Inpaint, LowRes
-from sfumato.conditioners.label import LabelCond
+from sfumato.conditioners.label import LabelCond, LabelToken
+from sfumato.conditioners.places import Boxes, Semantic
 from sfumato.conditioners.sizes import Sizes
 from sfumato.conditioners.text import TokenText
 from sfumato.conditioners.vision import ClipImage
@@ -20,11 +21,14 @@ from sfumato.core.registry import unknown
 from sfumato.core.types import Reading
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.clip import CLIPText, CLIPVision, EmbeddingMoments
+from sfumato.nets.text import TextTransformer
+from sfumato.nets.told import ClassMap, ClassToken
 from sfumato.systems.codec import Codec, Latents
 
 __all__ = [
     "READS_IMAGE",
     "TEXTS",
+    "BoxesConfig",
     "ClipImageConfig",
     "ClipTextConfig",
     "ConditionerConfig",
@@ -34,6 +38,7 @@ __all__ = [
     "InpaintConfig",
     "LabelConfig",
     "LowResConfig",
+    "SemanticConfig",
     "SizesConfig",
     "TokenTextConfig",
     "TowerConfig",
@@ -119,16 +124,27 @@ class SizesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """See conditioners.label.LabelCond; `names` are those of the classes, for people."""
+    """See conditioners.label.LabelCond; `names` are those of the classes, for people.
+
+    `encoder` names a ClassToken among the parts, which makes a token of the class; "" = the net reads it.
+    """
 
     num_classes: int
     names: tuple[str, ...] = ()
     null: bool = True
+    encoder: str = ""
     kind: Literal["label"] = "label"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return LabelCond(self.num_classes, self.null)
+        labels = LabelCond(self.num_classes, self.null)
+        if not self.encoder:
+            return labels
+        encoder = part_of("network", self.encoder, parts.nets)
+        rows = self.num_classes + self.null
+        if not isinstance(encoder, ClassToken) or encoder.config.rows < rows:
+            raise ValueError(f"network {self.encoder!r} must be a ClassToken of at least {rows} classes")
+        return LabelToken(labels, encoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +186,12 @@ class InpaintConfig:
 
     mask_first: bool = True
     marks_known: bool = False
+    black: bool = False
     kind: Literal["inpaint"] = "inpaint"
 
     def build(self, parts: Parts, codec: Codec) -> Conditioner:
         """The conditioner itself."""
-        return Inpaint(codec.encode, self.mask_first, self.marks_known)
+        return Inpaint(codec.encode, self.mask_first, self.marks_known, self.black)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +240,36 @@ class ClipImageConfig:
         return ClipImage(tower, moments, self.schedule, self.aug)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig:
+    """See conditioners.places.Semantic; `encoder` names a ClassMap among the parts."""
+
+    encoder: str = "map"
+    kind: Literal["semantic"] = "semantic"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        encoder = part_of("network", self.encoder, parts.nets)
+        if not isinstance(encoder, ClassMap):
+            raise ValueError(f"network {self.encoder!r} is a {type(encoder).__name__}; expected a ClassMap")
+        return Semantic(encoder, codec.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxesConfig:
+    """See conditioners.places.Boxes; `encoder` names a TextTransformer among the parts."""
+
+    encoder: str = "text"
+    kind: Literal["boxes"] = "boxes"
+
+    def build(self, parts: Parts, codec: Codec) -> Conditioner:
+        """The conditioner itself."""
+        encoder = part_of("network", self.encoder, parts.nets)
+        if not isinstance(encoder, TextTransformer) or (encoder.config.context - 2) % 3:
+            raise ValueError(f"network {self.encoder!r} must be a TextTransformer of 3 n + 2 tokens")
+        return Boxes(encoder)
+
+
 ConditionerConfig = Annotated[
     TokenTextConfig
     | ClipTextConfig
@@ -233,13 +280,15 @@ ConditionerConfig = Annotated[
     | ImageEmbedConfig
     | InpaintConfig
     | EditConfig
-    | DepthConfig,
+    | DepthConfig
+    | SemanticConfig
+    | BoxesConfig,
     Field(discriminator="kind"),
 ]
 READS_IMAGE = (InpaintConfig, EditConfig, ClipImageConfig)
 """A stage with one of these is told the picture of a request, and does not begin with it noised."""
 
-TEXTS = (TokenTextConfig, ClipTextConfig)
+TEXTS = (TokenTextConfig, ClipTextConfig, BoxesConfig)
 """Those that read a text."""
 
 

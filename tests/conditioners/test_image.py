@@ -57,6 +57,16 @@ def test_inpaint_shows_the_known_part_and_the_mask(mask_first):
     assert shown[0, 0, 0].tolist() == [0, 0.5, 1, 1]
 
 
+def test_inpaint_with_a_black_hole_and_a_signed_mask():
+    image, mask = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 1, 4, 4)
+    mask[..., :1] = 1
+    concat = Inpaint(encode=lambda x: x, mask_first=False, black=True)(
+        Inputs(n=1, image=image, mask=mask)
+    ).concat
+    assert concat[0, 0, 0].tolist() == [-1, 0.5, 0.5, 0.5]
+    assert concat[0, 3, 0].tolist() == [1, -1, -1, -1]
+
+
 def test_inpaint_needs_both():
     with pytest.raises(ValueError, match="give an image and a mask"):
         Inpaint(encode=lambda x: x)(Inputs(n=1, image=torch.ones(1, 3, 8, 8)))

@@ -35,12 +35,13 @@ from sfumato.nets.prior import PriorConfig
 from sfumato.nets.t5 import T5Config
 from sfumato.nets.tags import fused
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
+from sfumato.nets.told import ClassMapConfig
 from sfumato.nets.unclip import LastStepConfig
 
 TEXT = CLIPTextConfig(vocab=20, context=8, width=16, depth=1, heads=2, hidden=32, embed=16)
 VISION = CLIPVisionConfig(side=32, patch=8, width=16, depth=1, heads=2, hidden=32, embed=16)
 # EDM2's layers normalize their own weights and are none that adapters know; the others have no layer.
-ALONE = ("edm2", "embedding_moments", "null_image")
+ALONE = ("class_token", "edm2", "embedding_moments", "null_image")
 EVERY = LoraConfig(rank=2, alpha=3.0, targets=("*",))
 
 
@@ -85,6 +86,7 @@ def small_net(tag):
     tasks = {name: RECIPES[f"toy-{name}"]().task for name in ("autoencoder", "dit", "prior", "unet")}
     configs = {
         "autoencoder": tasks["autoencoder"].net,
+        "class_map": ClassMapConfig(classes=10, channels=3),
         "clip": CLIPConfig(text=TEXT, vision=VISION),
         "clip_vision": VISION,
         "clip_text": TEXT,
@@ -180,6 +182,7 @@ def called(net):
         "PerceptualNet": lambda: net.trunk(x)[-1],
         "SqueezePerceptualNet": lambda: net.trunk(x)[-1],
         "TextTransformer": lambda: net(ids, torch.ones(2, 5, dtype=torch.bool))[0],
+        "ClassMap": lambda: net(ids[:, None].expand(2, 4, 5)[..., :4], 2),
         "CLIP": lambda: torch.cat([net.vision(x), net.text(ids).embedding]),
         "CLIPText": lambda: net(ids).last,
         "CLIPVision": lambda: net(x),

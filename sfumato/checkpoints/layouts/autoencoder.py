@@ -1,9 +1,10 @@
-"""First stages: diffusers' AutoencoderKL and the names of CompVis' latent diffusion."""
+"""First stages: diffusers' AutoencoderKL and VQModel, and the names of CompVis' latent diffusion."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sfumato.checkpoints.keymap import SAME, KeyMap, Leaf, LeafTable, squeezed
 from sfumato.checkpoints.layouts.layout import (
@@ -158,38 +159,53 @@ def _config(settings: Settings) -> AutoencoderConfig:
     return config
 
 
-_ARGUMENTS = (
-    "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block "
-    "latent_channels use_quant_conv use_post_quant_conv mid_block_add_attention norm_num_groups"
-)
-
-
 # diffusers
 
+CLASSES: Mapping[str, str] = {"kl": "AutoencoderKL", "vq": "VQModel"}
+FREE: dict[str, object] = {"act_fn": "silu", "sample_size": 32, "scaling_factor": 0.18215}
+"""Arguments of both classes that tensors do not tell."""
+FREE_OF: Mapping[str, dict[str, object]] = {
+    "kl": {**FREE, "shift_factor": None, "latents_mean": None, "latents_std": None, "force_upcast": True},
+    "vq": {**FREE, "force_upcast": False},
+}
+"""The same, and those of one class."""
+ARGUMENTS = (
+    "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block "
+    "latent_channels mid_block_add_attention norm_num_groups"
+)
+ARGUMENTS_OF: Mapping[str, str] = {
+    "kl": f"{ARGUMENTS} use_quant_conv use_post_quant_conv",
+    "vq": f"{ARGUMENTS} num_vq_embeddings vq_embed_dim norm_type lookup_from_codebook",
+}
 
-def _diffusers_settings(shapes: Shapes, given: Settings) -> Settings:
-    """Arguments of AutoencoderKL."""
+
+def _diffusers_settings(shapes: Shapes, given: Settings, kind: str) -> Settings:
+    """Arguments of the class of a kind."""
     config = _read(shapes, DIFFUSERS)
     groups = given.get("norm_num_groups", config.norm_groups)
-    if config.kind != "kl" or config.embed_dim != config.z_channels:
-        raise ValueError("AutoencoderKL has no codebook, and as many latent channels as its encoder")
     assert isinstance(groups, int)
     config = replace(config, norm_groups=groups)
-    read = _diffusers_published(config, {})
-    free = {name: read[name] for name in FREE}
-    read = {name: value for name, value in read.items() if name not in FREE}
-    return settled(given, read, free) | {OURS: config}
+    read = _diffusers_published(config, {}, kind)
+    free = {name: read.pop(name) for name in FREE_OF[kind]}
+    said = {name: value for name, value in given.items() if value is not None}
+    return settled(said, read, free) | {OURS: config}
 
 
-def _diffusers_published(c: AutoencoderConfig, extra: Settings) -> dict[str, object]:
-    """Arguments of AutoencoderKL; `extra` has what the net does not know."""
-    if c.kind != "kl" or c.patch != 1 or c.embed_dim != c.z_channels:
+def _diffusers_published(c: AutoencoderConfig, extra: Settings, kind: str) -> dict[str, object]:
+    """Arguments of the class of a kind; `extra` has what the net does not know."""
+    fits = c.embed_dim == c.z_channels if kind == "kl" else c.quant_conv
+    if c.kind != kind or c.patch != 1 or not fits:
         raise ValueError(
-            f"diffusers' AutoencoderKL computes no {c.kind} model with patch {c.patch} and embed_dim "
-            f"{c.embed_dim} for {c.z_channels} z_channels; save it as a sfumato system"
+            f"diffusers' {CLASSES[kind]} computes no {c.kind} model with patch {c.patch}, quant_conv "
+            f"{c.quant_conv} and embed_dim {c.embed_dim} for {c.z_channels} z_channels; save it as a sfumato "
+            "system"
         )
     levels = range(len(c.mults))
     attends = ["Attn" * (i in c.attention_levels) for i in levels]
+    own: dict[str, object] = {"use_quant_conv": c.quant_conv, "use_post_quant_conv": c.quant_conv}
+    if kind == "vq":
+        own = {"num_vq_embeddings": c.codebook_size, "vq_embed_dim": c.embed_dim}
+        own |= {"norm_type": "group", "lookup_from_codebook": False}
     return {
         "in_channels": c.image_channels,
         "out_channels": c.image_channels,
@@ -198,49 +214,38 @@ def _diffusers_published(c: AutoencoderConfig, extra: Settings) -> dict[str, obj
         "block_out_channels": [c.channels * m for m in c.mults],
         "layers_per_block": c.blocks,
         "latent_channels": c.z_channels,
-        "use_quant_conv": c.quant_conv,
-        "use_post_quant_conv": c.quant_conv,
         "mid_block_add_attention": c.mid_attention,
         "norm_num_groups": c.norm_groups,
-        **FREE,
-        **{name: extra[name] for name in FREE if name in extra},
+        **own,
+        **FREE_OF[kind],
+        **{name: extra[name] for name in FREE_OF[kind] if name in extra},
     }
 
 
-FREE: dict[str, object] = {
-    "act_fn": "silu",
-    "sample_size": 32,
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "force_upcast": True,
-}
-"""Arguments of AutoencoderKL that its tensors do not tell."""
 OLD_ATTENTION = (
     (".query.", ".to_q."),
     (".key.", ".to_k."),
     (".value.", ".to_v."),
     (".proj_attn.", ".to_out.0."),
 )
-LAYOUTS("vae-diffusers")(
-    Layout(
-        (
-            Part(
-                name="vae",
-                build=Autoencoder,
-                settings=_diffusers_settings,
-                config=_config,
-                names=lambda config: _names(config, DIFFUSERS),
-                published=_diffusers_published,
-                aliases=OLD_ATTENTION,
-                known=tuple(FREE) + tuple(_ARGUMENTS.split()),
-            ),
-        ),
-        ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"),
-        "AutoencoderKL",
+MARKS = ("encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
+
+
+def _part(kind: str) -> Part[AutoencoderConfig]:
+    return Part(
+        name="vae",
+        build=Autoencoder,
+        settings=partial(_diffusers_settings, kind=kind),
+        config=_config,
+        names=lambda config: _names(config, DIFFUSERS),
+        published=partial(_diffusers_published, kind=kind),
+        aliases=OLD_ATTENTION,
+        known=(*FREE_OF[kind], *ARGUMENTS_OF[kind].split()),
     )
-)
+
+
+LAYOUTS("vae-diffusers")(Layout((_part("kl"),), MARKS, CLASSES["kl"], absent=("quantize.",)))
+LAYOUTS("vq-diffusers")(Layout((_part("vq"),), (*MARKS, "quantize.embedding.weight"), CLASSES["vq"]))
 
 
 # CompVis

@@ -24,6 +24,7 @@ __all__ = [
     "hub_vision_map",
     "open_map",
     "open_text_map",
+    "open_vision_map",
     "read_clip",
     "write_clip",
 ]
@@ -96,9 +97,13 @@ def hub_map(config: CLIPConfig) -> KeyMap:
 
 def open_map(config: CLIPConfig) -> KeyMap:
     """Names of OpenAI and OpenCLIP."""
-    blocks = [(f"transformer.resblocks.{i}", f"blocks.{i}", OPEN_BLOCK) for i in range(config.vision.depth)]
-    vision = KeyMap.of([("", "", OPEN_VISION), *blocks]) + _projection("proj", config.vision.embed)
-    return _both(open_text_map(config.text), vision.under("visual"))
+    return _both(open_text_map(config.text), open_vision_map(config.vision).under("visual"))
+
+
+def open_vision_map(config: CLIPVisionConfig) -> KeyMap:
+    """Names of the vision tower in files of OpenAI and OpenCLIP, without "visual", to those of CLIPVision."""
+    blocks = [(f"transformer.resblocks.{i}", f"blocks.{i}", OPEN_BLOCK) for i in range(config.depth)]
+    return KeyMap.of([("", "", OPEN_VISION), *blocks]) + _projection("proj", config.embed)
 
 
 def read_clip(path: Path) -> CLIP:

@@ -34,7 +34,7 @@ C = TypeVar("C")
 V = TypeVar("V", int, float)
 
 
-def _none(settings: Settings) -> dict[str, Tensor]:
+def _none(_: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -96,7 +96,10 @@ class Layout:
         pads: name of a tokenizer -> what fills its short texts, where the file has text towers of CLIP; their
             vocabulary lies beside it.
         markers: names of tensors that say something of the denoiser -> that setting.
-        vocabulary: "gpt2" or "clip" if it is of one of these, in a length that the tower tells.
+        vocabulary: "gpt2", "clip" or "bert" if it is of one of these, in a length that the tower tells.
+        beside: what tensors beside the networks say of the system, as the JSON files of a diffusers pipeline
+            would: by subfolder.
+        averages: whether one draws with the averages of the denoiser's weights, if the file has them.
     """
 
     parts: tuple[Part[Any], ...]
@@ -107,7 +110,9 @@ class Layout:
     files: Mapping[str, Settings] = field(default_factory=dict)
     pads: Mapping[str, str] = field(default_factory=dict)
     markers: Mapping[str, Settings] = field(default_factory=dict)
-    vocabulary: Literal["", "clip", "gpt2"] = ""
+    vocabulary: Literal["", "bert", "clip", "gpt2"] = ""
+    beside: Callable[[Mapping[str, Tensor]], Mapping[str, Mapping[str, object]]] = _none
+    averages: bool = False
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether the tensors are named so."""

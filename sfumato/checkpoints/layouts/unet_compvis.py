@@ -16,10 +16,12 @@ from sfumato.checkpoints.layouts.unet import (
     supported,
 )
 from sfumato.checkpoints.layouts.unet_diffusers import SIZES, sized
+from sfumato.nets.attention import AttentionConfig
 from sfumato.nets.embedding import EmbedderConfig, Feature
+from sfumato.nets.presets import UNETS
 from sfumato.nets.unet import UNet, UNetConfig
 
-__all__ = ["UNET"]
+__all__ = ["UNET", "published_heads"]
 
 REFERENCE = "the layout of CompVis"
 ASKED = ("num_heads", "num_head_channels", "parameterization", "zero_snr")
@@ -82,21 +84,46 @@ def _heads(shapes: Shapes, stack: Stack, given: Settings) -> list[int]:
         elif linear:
             width = 64  # Stable Diffusion 2, SDXL
         else:
-            raise ValueError(
-                "tensors do not tell the heads of this U-Net; give num_heads or num_head_channels"
-            )
+            one = attentions(shapes, stack, [1] * len(stack.places), [False] * len(stack.places))
+            found = published_heads(config_of(shapes, DIALECT, one, ()))
+            number, width = found.get("num_heads"), found.get("num_head_channels")
     assert isinstance(number, int | None)
     assert isinstance(width, int | None)
     return [number or w // (width or w) for w in (*stack.widths, stack.widths[-1])]
 
 
+def published_heads(config: UNetConfig) -> Settings:
+    """num_heads or num_head_channels of the published net of latent diffusion that is like one of one head.
+
+    Raises: ValueError if there is none.
+    """
+    for name in UNETS:
+        published = UNETS[name]()
+        if name.startswith("ldm-") and _of_one_head(published) == config:
+            assert published.middle is not None
+            heads, each = published.middle.heads, published.middle.head_dim
+            return {"num_heads": heads} if heads else {"num_head_channels": each}
+    raise ValueError("tensors do not tell the heads of this U-Net; give num_heads or num_head_channels")
+
+
+def _of_one_head(config: UNetConfig) -> UNetConfig:
+    def of_one(attention: AttentionConfig | None) -> AttentionConfig | None:
+        return None if attention is None else replace(attention, heads=1, head_dim=0)
+
+    levels = tuple(replace(level, attention=of_one(level.attention)) for level in config.levels)
+    return replace(config, levels=levels, middle=of_one(config.middle))
+
+
 def _extras(shapes: Shapes, context: int) -> tuple[EmbedderConfig, ...]:
-    """What is added to the embedding of time; tokens of width 1024 are those of Stable Diffusion 2."""
+    """What is added to the embedding of time.
+
+    Tokens of width 1024 are those of Stable Diffusion 2; SDXL's vectors hold a pooled text beside its sizes.
+    """
     if (rows := shapes.get("label_emb.weight")) is not None:
         return (EmbedderConfig(kind="table", features=(Feature(field="aug", dim=rows[0]),)),)
     if (vector := shapes.get("label_emb.0.0.weight")) is None:
         return ()
-    if context != 1024:
+    if context != 1024 and (vector[1] > 6 * SIZES or vector[1] == 5 * SIZES + context):
         return (sized(vector[1], context, SIZES),)
     half = vector[1] // 2
     features = (Feature(field="image_embed", dim=half), Feature(field="aug", dim=1, sinusoid=half))

@@ -114,10 +114,12 @@ def read_base(path: Path, device: torch.device) -> Base:
             tower = read.parts.nets[conditioner.encoder]
             text = tower if isinstance(tower, TextTransformer) else None
             tokenizer = read.parts.tokenizers[conditioner.tokenizer]
-        if not isinstance(conditioner, LabelConfig | InpaintConfig) and text is None:
+        token = isinstance(conditioner, LabelConfig) and conditioner.encoder != ""
+        if token or (not isinstance(conditioner, LabelConfig | InpaintConfig) and text is None):
+            said = "a class as a token" if token else conditioner.kind
             raise ValueError(
-                f"{folder} is conditioned by {conditioner.kind}; only texts of a tower of its own and labels "
-                "can be trained on"
+                f"{folder} is conditioned by {said}; only texts of a tower of its own and plain labels can "
+                "be trained on"
             )
     first = read.parts.nets[stage.codec.autoencoder] if isinstance(stage.codec, LatentsConfig) else None
     assert first is None or isinstance(first, Autoencoder)

@@ -15,6 +15,7 @@ import sfumato
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.core.types import Conditioning
 from sfumato.nets.attention import AttentionConfig
+from sfumato.nets.clip import CLIPVision, CLIPVisionConfig
 from sfumato.nets.presets import UNETS
 from sfumato.nets.unet import UNet, UNetConfig
 
@@ -58,6 +59,22 @@ def test_the_kind_is_inferred_from_names_and_shapes(name: str) -> None:
     with torch.device("meta"):
         state = PART.names(config).save(UNet(config).state_dict(), where=name)
     assert PART.config(PART.settings({n: tuple(v.shape) for n, v in state.items()}, {})) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CLIPVisionConfig(
+            width=1280, depth=32, hidden=5120, embed=1024, activation="none"
+        ),  # OpenCLIP's ViT-H
+        CLIPVisionConfig(),  # OpenAI's ViT-L
+    ],
+)
+def test_heads_and_gelu_of_unclips_vision_tower_follow_from_its_width(config: CLIPVisionConfig) -> None:
+    part = LAYOUTS["sd2-unclip-compvis"].parts[-1]
+    with torch.device("meta"):
+        state = part.names(config).save(CLIPVision(config).state_dict(), where="vision")
+    assert part.config(part.settings({n: tuple(v.shape) for n, v in state.items()}, {})) == config
 
 
 def tiny() -> UNetConfig:
