@@ -19,12 +19,18 @@ from sfumato.training.tasks.classifying import ClassifyingConfig
 from sfumato.training.tasks.contrastive import ContrastiveConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.tasks.predicting import PredictingConfig
 from sfumato.training.trainer import TrainerConfig
 
 __all__ = ["Recipe", "TaskConfig", "differences", "retuned"]
 
 TaskConfig = Annotated[
-    AutoencodingConfig | CaptionWordsConfig | ClassifyingConfig | ContrastiveConfig | DenoisingConfig,
+    AutoencodingConfig
+    | CaptionWordsConfig
+    | ClassifyingConfig
+    | ContrastiveConfig
+    | DenoisingConfig
+    | PredictingConfig,
     Field(discriminator="kind"),
 ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from sfumato.training.jobs.denoiser import denoising
 from sfumato.training.jobs.first_stage import autoencoding, caption_words, classifying, contrastive
 from sfumato.training.jobs.job import Job, Place
+from sfumato.training.jobs.token_prior import predicting
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 from sfumato.training.tasks.classifying import ClassifyingConfig
 from sfumato.training.tasks.contrastive import ContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.tasks.predicting import PredictingConfig
 
 __all__ = ["build"]
 
@@ -32,4 +34,6 @@ def build(recipe: Recipe, place: Place) -> Job:
         return classifying(recipe, recipe.task, place)
     if isinstance(recipe.task, ContrastiveConfig):
         return contrastive(recipe, recipe.task, place)
+    if isinstance(recipe.task, PredictingConfig):
+        return predicting(recipe, recipe.task, place)
     return denoising(recipe, recipe.task, place)
