@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import cli
+from sfumato.checkpoints.native import Parts
 from sfumato.cli import evaluating
 from sfumato.core.png import save_png
+from sfumato.diffusion.schedules import Discrete
 from sfumato.evaluation.features import FeatureNet
 from sfumato.evaluation.npz import PictureFile
+from sfumato.nets.blocks import BlockConfig
+from sfumato.nets.embedding import EmbeddingConfig
+from sfumato.nets.unet import UNet, UNetConfig, levels
+from sfumato.systems.config import StageConfig, SystemConfig
+from sfumato.systems.options import SampleOptions
+from sfumato.systems.system import assemble, save_system
 
 SHORT = ("--n", "24", "--steps", "2", "--device", "cpu")
 
@@ -196,3 +204,62 @@ def test_nan_pictures_are_refused(
     assert said.err.count("\n") == 1
     assert "not finite" in said.err
     assert not (tmp_path / "s.npz").exists()
+
+
+def ddpm(path: Path) -> str:
+    """The folder of a DDPM of six steps."""
+    shape = {"levels": levels(8, (1,), 1), "embedding": EmbeddingConfig(time_dim=8, dim=16)}
+    net = UNet(UNetConfig(in_channels=3, out_channels=3, block=BlockConfig(norm_groups=4), **shape))
+    stage = StageConfig(
+        schedule=Discrete(formula="cosine", steps=6),
+        parameterization="eps",
+        shape=(3, 16, 16),
+        defaults=SampleOptions(sampler="ddpm", knobs={"variance": "large"}, steps=6, spacing="respaced"),
+    )
+    save_system(assemble(SystemConfig(stages=(stage,)), Parts({"denoiser": net})), path)
+    return str(path)
+
+
+def test_bits_per_dimension(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    args = ["evaluate", "bits", ddpm(tmp_path / "ddpm"), str(reference), "--n", "6", "--steps", "3"]
+    args += ["--batch", "4", "--device", "cpu"]
+    assert cli.main([*args, "--json"]) == 0
+    said = capsys.readouterr().out
+    assert set(figures(said)) == {"bits_per_dim", "bits_prior", "bits_diffusion", "bits_decoder"}
+    assert [(p["first"], p["stop"]) for p in json.loads(said)["curve"]] == [(0, 1), (1, 3), (3, 6)]
+    assert json.loads(said)["figures"][0]["note"] == "3 of 6 steps, variance large"
+    assert json.loads(said)["protocol"]["pictures"]["n"] == 6
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(said)
+    assert cli.main(["evaluate", "compare", *(str(tmp_path / name) for name in ("a.json", "b.json"))]) == 0
+    assert capsys.readouterr().out.count("bits_decoder") == 2
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    assert "bits_decoder" in printed
+    assert "3..5" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "0"], "--batch is 0; allowed: 1 or more pictures"),
+        (["--steps", "7"], "steps is 7, and this system has 6; allowed: 2 to 6"),
+        (["--n", "0"], "n is 0"),
+    ],
+)
+def test_bits_that_cannot_be_are_one_line(
+    flags: list[str], message: str, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["evaluate", "bits", ddpm(tmp_path / "d"), str(reference), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_schedule_that_is_not_discrete_has_no_bits(
+    tiny_folder: Path, reference: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["evaluate", "bits", str(tiny_folder), str(reference), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "one stage on pixels with a discrete schedule" in error
+    assert error.count("\n") == 1

@@ -84,7 +84,7 @@ def test_unknown_command(refused):
     assert said.endswith("see: sfumato --help")
     assert refused("data", "chek").startswith("unknown data command 'chek'; did you mean 'check'?")
     assert refused("evaluate", "x").startswith(
-        "unknown evaluation 'x'; allowed: compare, openmoji, or the path"
+        "unknown evaluation 'x'; allowed: bits, compare, openmoji, or the path"
     )
 
 

@@ -20,6 +20,8 @@ from sfumato.core.registry import unknown
 from sfumato.core.world import joined
 from sfumato.data.locations import is_remote
 from sfumato.evaluation.evaluate import Result, differences
+from sfumato.evaluation.likelihood import BoundProtocol
+from sfumato.evaluation.likelihood import bits as bound
 from sfumato.evaluation.openmoji import Protocol
 from sfumato.evaluation.openmoji import evaluate as measure
 
@@ -46,6 +48,23 @@ class OpenMoji:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bits:
+    """Measure how well a system of discrete diffusion predicts pictures: a bound in bits per dimension."""
+
+    system: Positional[Path]
+    """Folder of the system, or a file of another program."""
+    directory: Positional[Path]
+    """Pictures: a folder or tar shards."""
+    protocol: Annotated[BoundProtocol, arg(name="")] = field(default_factory=BoundProtocol)
+    batch: int = 32
+    """Pictures computed at a time."""
+    json: bool = False
+    """Print JSON, with the curve of all steps."""
+    device: str = "auto"
+    """cpu, cuda ...; auto takes an accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Put the figures of several systems side by side; they must be of one protocol."""
 
@@ -59,9 +78,11 @@ def evaluate(args: list[str]) -> int:
         print(
             "usage: sfumato evaluate SYSTEM --reference DIR ...\n"
             "       sfumato evaluate openmoji [DIR] ...\n"
+            "       sfumato evaluate bits SYSTEM DIR ...\n"
             "       sfumato evaluate compare A.json B.json ...\n\n"
             "  SYSTEM        FID, KID, precision and recall ... of a system, a folder or an .npz file.\n"
             "  openmoji DIR  Reconstruction PSNR and retrieval accuracy on the OpenMoji set.\n"
+            "  bits          The bound of a discrete diffusion on pictures, in bits per dimension.\n"
             "  compare A B   Put results of one protocol side by side.\n\n"
             "More about each: sfumato evaluate . --help, sfumato evaluate openmoji --help"
         )
@@ -104,6 +125,26 @@ def openmoji(args: list[str]) -> int:
     return 0
 
 
+def bits(args: list[str]) -> int:
+    """`sfumato evaluate bits`."""
+    flags = parse(Bits, "evaluate bits", args)
+    if flags.batch < 1:
+        raise ValueError(f"--batch is {flags.batch}; allowed: 1 or more pictures")
+    with joined(flags.device, seconds=WAIT) as world, _progress() as told:
+        system = world.agree(lambda: load(flags.system, device=world.device(flags.device)))
+        result = bound(
+            system,
+            flags.directory,
+            protocol=flags.protocol,
+            batch=flags.batch,
+            tell=told if world.leads else lambda what, done, total: None,
+            world=world,
+        )
+    if world.leads:
+        print(json.dumps(to_json(result), indent=1) if flags.json else "\n".join(result.lines()))
+    return 0
+
+
 def compare(args: list[str]) -> int:
     """`sfumato evaluate compare`."""
     flags = parse(Compare, "evaluate compare", args)
@@ -127,7 +168,7 @@ def _read(path: Path) -> Result:
         raise ValueError(f"{path} is no result of `sfumato evaluate --json`: not JSON") from None
 
 
-TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji, "compare": compare}
+TASKS: dict[str, Callable[[list[str]], int]] = {"openmoji": openmoji, "bits": bits, "compare": compare}
 
 
 @contextlib.contextmanager

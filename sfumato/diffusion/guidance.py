@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ __all__ = [
     "GuidanceConfig",
     "Guided",
     "InstructPix2Pix",
+    "LogitCFG",
     "noise_fraction",
 ]
 
@@ -229,7 +230,61 @@ class Guided:
         )
 
 
-GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix | Guided, Field(discriminator="kind")]
+@runtime_checkable
+class Drawer(Protocol):
+    """A net that does not denoise: it draws a sample, (B, ...), from normal numbers of the same shape."""
+
+    def draw(
+        self,
+        noise: Tensor,
+        cond: Conditioning,
+        null: Conditioning | None = None,
+        *,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LogitCFG:
+    """Classifier-free guidance of a net that draws tokens: its logits are null + scale * (cond - null).
+
+    The first evaluation of a walk draws the sample from the noise, x_t / sigma at alpha = 0, and all later
+    ones say the same x0: one step does, and more of them change nothing.
+
+    Attributes:
+        scale: 1 = off, and then null is not evaluated at all.
+        temperature: by which logits are divided; below 1 the likely tokens gain.
+    """
+
+    scale: float = 1.0
+    temperature: float = 1.0
+    kind: Literal["logits"] = "logits"
+
+    def __post_init__(self) -> None:
+        _check_scale("scale", self.scale)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature:g}; allowed: above 0, 1 = as learned")
+
+    def bind(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
+        """See Guidance. Raises: ValueError in one line if the net denoises."""
+        net, drawn = denoiser.net, list[Tensor]()
+        if not isinstance(net, Drawer):
+            raise ValueError("guidance of kind logits is for a net that draws tokens; take cfg for this one")
+        untold = null if self.scale != 1 else None
+
+        def guided(x_t: Tensor, level: Level) -> Denoised:
+            alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
+            if not drawn:
+                drawn.append(
+                    net.draw(x_t / sigma, cond, untold, scale=self.scale, temperature=self.temperature)
+                )
+            return Denoised(drawn[0], (x_t - alpha * drawn[0]) / sigma)
+
+        return guided
+
+
+GuidanceConfig = Annotated[CFG | Embedded | InstructPix2Pix | Guided | LogitCFG, Field(discriminator="kind")]
 """The guidances that hold numbers only and therefore serialize to JSON."""
 
 

@@ -22,8 +22,10 @@ from sfumato.diffusion.schedules import Discrete
 __all__ = [
     "Bits",
     "Gaussian",
+    "Term",
     "Transitions",
     "bits_per_dim",
+    "bound_term",
     "discretized_log_likelihood",
     "normal_kl",
     "prior_bits",
@@ -146,6 +148,17 @@ def prior_bits(x0: Tensor, level: Level) -> Tensor:
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
+class Term(NamedTuple):
+    """One term of the bound of a batch."""
+
+    bits: Tensor
+    """(B,) per dimension."""
+    x0_mse: Tensor
+    """(B,): mean squared error of the estimated x0."""
+    eps_mse: Tensor
+    """(B,)."""
+
+
 class Bits(NamedTuple):
     """The bound of a batch in bits per dimension; terms are by step, noisy to clean."""
 
@@ -156,9 +169,29 @@ class Bits(NamedTuple):
     terms: Tensor
     """(B, n)."""
     x0_mse: Tensor
-    """(B, n): mean squared error of the estimated x0."""
+    """(B, n), as of Term."""
     eps_mse: Tensor
     """(B, n)."""
+
+
+@torch.no_grad()
+def bound_term(
+    denoise: DenoiseFn,
+    schedule: Discrete,
+    t: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    *,
+    variance: Variance = "small",
+) -> Term:
+    """An estimate of the term of the step from index t, in the bound over all steps of a schedule.
+
+    Args:
+        denoise, x0, variance: see `bits_per_dim`.
+        t: (B,) int64; 0 is the decoder's term.
+        eps: (B, C, ...) the noise of x_t.
+    """
+    return _term(denoise, schedule(t), training_transitions(schedule).at(t), x0, eps, variance)
 
 
 @torch.no_grad()
@@ -183,18 +216,21 @@ def bits_per_dim(
     """
     if grid.jumps:
         raise ValueError("a bound needs a grid without RePaint jumps")
-    steps, terms, x0_errors, eps_errors = transitions(grid), [], [], []
-    for i in range(len(grid)):
-        level, step, eps = grid.level(i), steps.at(i), noise(x0)
-        x_t = expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * eps
-        denoised = denoise(x_t, level)
-        model = step.posterior(denoised.x0, x_t, denoised.var, variance)
-        terms.append(vb_bits(step.posterior(x0, x_t), model, x0, step.last))
-        x0_errors.append((denoised.x0 - x0).square().flatten(1).mean(dim=1))
-        eps_errors.append((denoised.eps - eps).square().flatten(1).mean(dim=1))
+    steps = transitions(grid)
+    terms = [_term(denoise, grid.level(i), steps.at(i), x0, noise(x0), variance) for i in range(len(grid))]
     prior = prior_bits(x0, grid.level(0))
-    vb = torch.stack(terms, dim=1)
-    return Bits(vb.sum(dim=1) + prior, prior, vb, torch.stack(x0_errors, 1), torch.stack(eps_errors, 1))
+    vb, x0_errors, eps_errors = (torch.stack(rows, dim=1) for rows in zip(*terms, strict=True))
+    return Bits(vb.sum(dim=1) + prior, prior, vb, x0_errors, eps_errors)
+
+
+def _term(
+    denoise: DenoiseFn, level: Level, step: Transitions, x0: Tensor, eps: Tensor, variance: Variance
+) -> Term:
+    x_t = expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * eps
+    denoised = denoise(x_t, level)
+    model = step.posterior(denoised.x0, x_t, denoised.var, variance)
+    errors = ((a - b).square().flatten(1).mean(dim=1) for a, b in ((denoised.x0, x0), (denoised.eps, eps)))
+    return Term(vb_bits(step.posterior(x0, x_t), model, x0, step.last), *errors)
 
 
 def _cdf(z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from sfumato.evaluation.metrics.manifold import copies, manifold
 from sfumato.evaluation.metrics.pairs import clip_score, ssim
 from sfumato.evaluation.survey import Keep, Pair, Summary
 
-__all__ = ["METRICS", "PAIRS", "Figure", "Metric"]
+__all__ = ["METRICS", "PAIRS", "Figure", "Metric", "mean_figure"]
 
 SURE = 1.959963984540054  # standard errors on each side of a mean's interval of 95 %
 CAP = 99.0  # dB that equal pictures count as in a mean
@@ -110,20 +110,21 @@ def _copies(samples: Summary, reference: Summary) -> list[Figure]:
     return [Figure("copies", found.share, note=note)]
 
 
-def _mean(name: str, values: Tensor, note: str = "") -> list[Figure]:
-    """Mean with its interval; None if there is one value only."""
+def mean_figure(name: str, values: Tensor, note: str = "") -> Figure:
+    """Mean of values (n,) with its interval; None if there is one value only."""
     value, n = float(values.double().mean()), len(values)
     half = SURE * float(values.double().std()) / n**0.5 if n > 1 else None
     low, high = (None, None) if half is None else (value - half, value + half)
-    return [Figure(name, value, low=low, high=high, note=note)]
+    return Figure(name, value, low=low, high=high, note=note)
 
 
 def _captions(samples: Summary, _: Summary) -> list[Figure]:
-    return _mean("clip_score", clip_score(samples.rows["clip"], samples.rows["caption"]), "100 max(cos, 0)")
+    score = clip_score(samples.rows["clip"], samples.rows["caption"])
+    return [mean_figure("clip_score", score, "100 max(cos, 0)")]
 
 
 def _paired(name: str) -> Metric:
-    return Metric({}, "pairs", lambda samples, _: _mean(name, samples.rows[name]))
+    return Metric({}, "pairs", lambda samples, _: [mean_figure(name, samples.rows[name])])
 
 
 def _singular(samples: Summary, reference: Summary, feature: str) -> str:

@@ -81,6 +81,11 @@ class Folder:
         preparation = "as they are" if size is None else f"center crop of {size[1]}x{size[0]}"
         self.protocol: Mapping[str, object] = {"kind": "folder", "preparation": preparation}
 
+    @property
+    def labels(self) -> list[int]:
+        """Class of every picture. Raises: ValueError in one line if one has none."""
+        return self._folder.labels
+
     def __len__(self) -> int:
         return len(self._folder)
 

@@ -15,7 +15,7 @@ from sfumato.evaluation.metrics.frechet import GROUPS, Gaussian, Moments
 from sfumato.evaluation.metrics.inception_score import InceptionScore, Score
 from sfumato.evaluation.pictures import Pictures, pixel_digest
 
-__all__ = ["Keep", "Pair", "Summary", "Survey", "survey"]
+__all__ = ["Keep", "Pair", "Summary", "Survey", "survey", "total_digest"]
 
 Keep = Literal["moments", "parts", "rows", "score"]
 """Of a feature: its mean and covariance, those of GROUPS parts, every row, or the Inception score."""
@@ -85,7 +85,7 @@ class Survey:
         digest = rows.pop("digest", None)
         return Summary(
             n=self.n,
-            digest="" if digest is None else _total(digest),
+            digest="" if digest is None else total_digest(digest),
             gaussians={name: _added(parts).gaussian() for name, parts in sums.items()},
             parts={name: parts for name, parts in sums.items() if "parts" in self.keeps[name]},
             rows=rows,
@@ -158,7 +158,7 @@ def _added(parts: Sequence[Moments]) -> Moments:
     return total
 
 
-def _total(digests: Tensor) -> str:
+def total_digest(digests: Tensor) -> str:
     """Sum of digests as numbers, modulo 2^256, in hex."""
     total = sum(int.from_bytes(bytes(row), "big") for row in digests.tolist())
     return f"{total % 2**256:064x}"

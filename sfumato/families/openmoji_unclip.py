@@ -1,6 +1,6 @@
-"""unCLIP on OpenMoji: CLIP, prior, decoder at 32 pixels and upsampler to 64, and tiny twins of each.
+"""unCLIP on OpenMoji: CLIP, both priors, decoder at 32 pixels and upsampler to 64, and tiny twins of each.
 
-CLIP is trained first; prior and decoder build upon its run, the upsampler upon none. Sizes are meant for 20
+CLIP is trained first; priors and decoder build upon its run, the upsampler upon none. Sizes are meant for 20
 to 40 minutes each on two cores; what they reach is not known yet.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from sfumato.data.degrade import DegradeConfig
 from sfumato.diffusion.constraints import Static
-from sfumato.diffusion.guidance import CFG
+from sfumato.diffusion.guidance import CFG, LogitCFG
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.schedules import Discrete
 from sfumato.families.latent import ADAMW, AUGMENTED, OPENMOJI, RUNS, about, toy
@@ -21,6 +21,7 @@ from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sfumato.nets.embedding import EmbeddingConfig, TokensConfig
 from sfumato.nets.prior import PriorConfig
+from sfumato.nets.token_prior import TokenPriorConfig
 from sfumato.nets.unclip import told_both
 from sfumato.nets.unet import UNetConfig, levels
 from sfumato.systems.options import SampleOptions
@@ -28,6 +29,7 @@ from sfumato.training.optim import OptimConfig
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.contrastive import ContrastiveConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
+from sfumato.training.tasks.predicting import PredictingConfig
 from sfumato.training.trainer import TrainerConfig
 
 __all__: list[str] = []  # everything is reached through RECIPES
@@ -79,6 +81,22 @@ def openmoji_prior() -> Recipe:
         optim=replace(ADAMW, lr=5e-4, weight_decay=0.06, betas=(0.9, 0.96)),
         trainer=TrainerConfig(images=250_000, batch=64, ema=0.999, save_every=50_000),
         about=about("unCLIP's diffusion prior on OpenMoji."),
+    )
+
+
+@RECIPES("openmoji-ar-prior")
+def openmoji_ar_prior() -> Recipe:
+    """The same token by token: 64 principal coordinates in 128 buckets, as large as openmoji-prior."""
+    shape: dict[str, Any] = {"width": 256, "depth": 6, "heads": 4, "kept": 64, "buckets": 128}
+    net = TokenPriorConfig(dim=EMBED, text_dim=WIDTH, context=CONTEXT, **shape)
+    sampling = SampleOptions(steps=1, guidance=LogitCFG(2.0), candidates=2)
+    return Recipe(
+        name="openmoji-ar-prior",
+        task=PredictingConfig(net=net, clip=RUNS / "openmoji-clip", sampling=sampling),
+        data=CAPTIONED,
+        optim=replace(ADAMW, lr=5e-4, weight_decay=0.04, betas=(0.9, 0.91)),
+        trainer=TrainerConfig(images=60_000, batch=64, ema=0.999, save_every=15_000),
+        about=about("unCLIP's autoregressive prior on OpenMoji."),
     )
 
 
@@ -173,6 +191,15 @@ def toy_clip_prior() -> Recipe:
     """Tiny twin of openmoji-prior, on the result of toy-clip."""
     net = PriorConfig(dim=8, text_dim=16, context=8, width=16, depth=1, heads=2)
     return replace(_denoiser(openmoji_prior(), net), name="toy-clip-prior")
+
+
+@RECIPES("toy-ar-prior")
+def toy_ar_prior() -> Recipe:
+    """Tiny twin of openmoji-ar-prior, on the result of toy-clip."""
+    full = openmoji_ar_prior()
+    assert isinstance(full.task, PredictingConfig)
+    net = TokenPriorConfig(dim=8, text_dim=16, context=8, width=16, depth=1, heads=2, kept=5, buckets=8)
+    return toy(full, replace(full.task, net=net, clip=RUNS / "toy-clip"))
 
 
 @RECIPES("toy-unclip-decoder")

@@ -81,6 +81,7 @@ NETS = NetTable(
         "prior": ("prior", "PriorConfig", "Prior"),
         "t5": ("t5", "T5Config", "T5Encoder"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
+        "token_prior": ("token_prior", "TokenPriorConfig", "TokenPrior"),
         "unet": ("unet", "UNetConfig", "UNet"),
     }
 )

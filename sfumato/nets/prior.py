@@ -14,7 +14,7 @@ from sfumato.nets.blocks import EmbeddingMLP, dtype_of, sinusoid
 from sfumato.nets.text import TextBlock
 from sfumato.nets.transformer import merge_heads, split_heads
 
-__all__ = ["CausalBlock", "Past", "Prior", "PriorConfig", "read_causally"]
+__all__ = ["Captioned", "CausalBlock", "Past", "Prior", "PriorConfig", "PriorShape", "read_causally"]
 
 Past = tuple[Tensor, Tensor]
 """Keys and values (B, heads, L, d) of the positions before."""
@@ -22,29 +22,38 @@ EXTRA = 4  # text embedding, time, noised image embedding, query
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """Shape of the prior.
+class PriorShape:
+    """Shape of a prior.
 
     Attributes:
         dim: of the embeddings of picture and text.
         text_dim: of the text tokens.
         context: number of text tokens.
-        moments: whether it holds the mean and deviation by which embeddings were normalized, as files of
-            diffusers do.
     """
 
-    kind: Literal["prior"] = "prior"
     dim: int = 768
     text_dim: int = 768
     context: int = 77
     width: int = 2048
     depth: int = 20
     heads: int = 32
-    moments: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"prior width {self.width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(PriorShape):
+    """Shape of the diffusion prior.
+
+    Attributes:
+        moments: whether it holds the mean and deviation by which embeddings were normalized, as files of
+            diffusers do.
+    """
+
+    kind: Literal["prior"] = "prior"
+    moments: bool = False
 
 
 class CausalBlock(TextBlock):
@@ -79,31 +88,24 @@ def read_causally(
     return x, tuple(read)
 
 
-class Prior(nn.Module):
-    """net(x, t, cond) on image embeddings; it predicts the clean one.
+class Captioned(nn.Module):
+    """A causal transformer whose first positions are text tokens and a text embedding.
 
-    A causal transformer over text tokens, text embedding, time, noised embedding and a query, whose output is
-    the prediction (Ramesh et al. 2022, arXiv:2204.06125, section 2.2). What stands before the time does not
-    depend on it: `prepare` reads the text once per walk, and a step has three positions.
+    They depend on nothing else: `prepare` reads them once per walk.
+
+    Args:
+        config: of the shape.
+        more: positions behind them.
     """
 
-    mean: Tensor | None
-    std: Tensor | None
-
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorShape, more: int) -> None:
         super().__init__()
-        c = self.config = config
+        c = self.shape = config
         self.text = nn.Linear(c.text_dim, c.width)
         self.pooled = nn.Linear(c.dim, c.width)
-        self.image = nn.Linear(c.dim, c.width)
-        self.time = EmbeddingMLP(c.width, c.width, "silu")
-        self.query = nn.Parameter(0.01 * torch.randn(c.width))
-        self.positions = nn.Parameter(0.01 * torch.randn(c.context + EXTRA, c.width))
+        self.positions = nn.Parameter(0.01 * torch.randn(c.context + 1 + more, c.width))
         self.blocks = nn.ModuleList(CausalBlock(c.width, c.heads) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
-        self.out = nn.Linear(c.width, c.dim)
-        self.register_buffer("mean", torch.zeros(c.dim) if c.moments else None)
-        self.register_buffer("std", torch.ones(c.dim) if c.moments else None)
 
     def prepare(self, cond: Conditioning) -> Conditioning:
         """Add keys and values of the text in every block.
@@ -112,7 +114,7 @@ class Prior(nn.Module):
         """
         if cond.kv is not None:
             return cond
-        c = self.config
+        c = self.shape
         wanted = {"tokens": (c.context, c.text_dim), "pooled": (c.dim,)}
         for name, shape in wanted.items():
             value: Tensor | None = getattr(cond, name)
@@ -129,11 +131,41 @@ class Prior(nn.Module):
         x = x + self.positions[: c.context + 1]
         return replace(cond, kv=read_causally(self.blocks, x, self._visible(cond, 1))[1])
 
+    def _visible(self, cond: Conditioning, more: int) -> Tensor:
+        """(B, context + more) bool: the text that is not padding, and whatever stands behind it."""
+        assert cond.tokens is not None
+        real = cond.mask if cond.mask is not None else cond.tokens.new_ones(cond.tokens.shape[:2]).bool()
+        return F.pad(real, (0, more), value=True)
+
+    def _check(self, x: Tensor, does: str) -> None:
+        if x.shape[1:] != (self.shape.dim,):
+            raise ValueError(f"x has shape {tuple(x.shape)}; this prior {does} vectors (B, {self.shape.dim})")
+
+
+class Prior(Captioned):
+    """net(x, t, cond) on image embeddings; it predicts the clean one.
+
+    A causal transformer over text tokens, text embedding, time, noised embedding and a query, whose output is
+    the prediction (Ramesh et al. 2022, arXiv:2204.06125, section 2.2). A step has three positions.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__(config, EXTRA - 1)
+        c = self.config = config
+        self.image = nn.Linear(c.dim, c.width)
+        self.time = EmbeddingMLP(c.width, c.width, "silu")
+        self.query = nn.Parameter(0.01 * torch.randn(c.width))
+        self.out = nn.Linear(c.width, c.dim)
+        self.register_buffer("mean", torch.zeros(c.dim) if c.moments else None)
+        self.register_buffer("std", torch.ones(c.dim) if c.moments else None)
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x (B, dim), t (B,) -> (B, dim). Raises: ValueError if x is of another width."""
         c = self.config
-        if x.shape[1:] != (c.dim,):
-            raise ValueError(f"x has shape {tuple(x.shape)}; this prior denoises vectors (B, {c.dim})")
+        self._check(x, "denoises")
         cond = self.prepare(cond)
         assert cond.kv is not None
         dtype = dtype_of(self.image)
@@ -142,9 +174,3 @@ class Prior(nn.Module):
         h = h + self.positions[c.context + 1 :]
         h, _ = read_causally(self.blocks, h, self._visible(cond, EXTRA), cond.kv)
         return self.out(self.norm(h[:, -1]))
-
-    def _visible(self, cond: Conditioning, more: int) -> Tensor:
-        """(B, context + more) bool: the text that is not padding, and whatever stands behind it."""
-        assert cond.tokens is not None
-        real = cond.mask if cond.mask is not None else cond.tokens.new_ones(cond.tokens.shape[:2]).bool()
-        return F.pad(real, (0, more), value=True)

@@ -18,6 +18,7 @@ from sfumato.core.types import Inputs
 from sfumato.diffusion.guidance import CFG
 from sfumato.diffusion.inversion import inverted
 from sfumato.nets.clip import CLIPText, CLIPVision, seen
+from sfumato.nets.quantizer import Axes
 from sfumato.systems.stage import Stage
 from sfumato.systems.start import Continue
 from sfumato.systems.system import System
@@ -82,30 +83,6 @@ def difference(image: Tensor, text: Tensor, base: Tensor, theta: float) -> Tenso
     """
     change = F.normalize(F.normalize(text, dim=-1) - F.normalize(base, dim=-1), dim=-1)
     return slerp(image, change * image.norm(dim=-1, keepdim=True), theta)
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Principal axes of embeddings.
-
-    Attributes:
-        mean: (D,).
-        axes: (D, D) rows from the largest variance to the smallest.
-    """
-
-    mean: Tensor
-    axes: Tensor
-
-    @staticmethod
-    def of(embeddings: Tensor) -> Axes:
-        """Those of rows (N, D)."""
-        rows = embeddings.double().cpu()
-        return Axes(rows.mean(0), torch.linalg.eigh(torch.cov(rows.mT, correction=0)).eigenvectors.flip(1).mT)
-
-    def truncated(self, embeddings: Tensor, count: int) -> Tensor:
-        """Embeddings (n, D) without all but their first `count` coordinates."""
-        axes, mean = self.axes[:count].to(embeddings), self.mean.to(embeddings)
-        return (embeddings - mean) @ axes.mT @ axes + mean
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sfumato.conditioners.image import checked_level, enlarging, told_level
 from sfumato.core.image import center_crop, from_pil, to_float
 from sfumato.core.registry import unknown
 from sfumato.core.types import Inputs, Reading
-from sfumato.diffusion.guidance import CFG, Embedded, Guidance, Guided, InstructPix2Pix
+from sfumato.diffusion.guidance import CFG, Embedded, Guidance, Guided, InstructPix2Pix, LogitCFG
 from sfumato.systems.options import Knob, SampleOptions
 from sfumato.systems.stage import Stage
 from sfumato.systems.start import FromImage, FromNoise, Start
@@ -224,7 +224,7 @@ def _guidance(default: Guidance, asked: object) -> object:
         return asked
     if isinstance(default, InstructPix2Pix):
         return replace(default, text=float(asked))
-    kinds = CFG | Embedded | Guided
+    kinds = CFG | Embedded | Guided | LogitCFG
     return replace(default, scale=float(asked)) if isinstance(default, kinds) else CFG(float(asked))
 
 

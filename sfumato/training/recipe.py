@@ -20,6 +20,7 @@ from sfumato.training.tasks.contrastive import ContrastiveConfig
 from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.noised_contrastive import NoisedContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.tasks.predicting import PredictingConfig
 from sfumato.training.trainer import TrainerConfig
 
 __all__ = ["Recipe", "TaskConfig", "differences", "retuned"]
@@ -30,7 +31,8 @@ TaskConfig = Annotated[
     | ClassifyingConfig
     | ContrastiveConfig
     | DenoisingConfig
-    | NoisedContrastiveConfig,
+    | NoisedContrastiveConfig
+    | PredictingConfig,
     Field(discriminator="kind"),
 ]
 

@@ -33,9 +33,16 @@ from sfumato.training.state import Checkpoints
 from sfumato.training.tasks.autoencoding import Autoencoding
 from sfumato.training.tasks.contrastive import Contrastive
 from sfumato.training.tasks.denoising import Denoising
+from sfumato.training.tasks.predicting import Predicting
 from sfumato.training.trackers import Tracked, open_trackers
 from sfumato.training.trainer import Trainer
-from sfumato.training.validation import DenoisingLoss, ReconstructionLoss, RetrievalLoss, Validation
+from sfumato.training.validation import (
+    DenoisingLoss,
+    ReconstructionLoss,
+    RetrievalLoss,
+    TokenLoss,
+    Validation,
+)
 
 __all__ = ["train"]
 
@@ -170,7 +177,7 @@ def _validation(
     if held is None:
         return None
     task = job.task
-    measure: DenoisingLoss | ReconstructionLoss | RetrievalLoss
+    measure: DenoisingLoss | ReconstructionLoss | RetrievalLoss | TokenLoss
     if isinstance(task, Denoising):
         sampled, velocity = task.posterior == "sample", recipe.validation.velocity
         measure = DenoisingLoss(
@@ -180,10 +187,12 @@ def _validation(
         measure = ReconstructionLoss(task.config, task.perceptual)
     elif isinstance(task, Contrastive):
         measure = RetrievalLoss()
+    elif isinstance(task, Predicting):
+        measure = TokenLoss(task.embed)
     else:
         raise ValueError(
             f"validation.split and share do not work with a {recipe.task.kind} task; leave them out: only "
-            "denoisers, autoencoders and CLIPs have a validation loss"
+            "denoisers, priors, autoencoders and CLIPs have a validation loss"
         )
     pictures = HeldOut(held, recipe.trainer.batch // world.size, recipe.validation.draws, world)
     return Validation(measure, lambda: job.result(trainer.average.whole()), pictures, recipe.folder)

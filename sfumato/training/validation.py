@@ -22,6 +22,7 @@ from sfumato.diffusion.times import Uniform
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.clip import CLIP
 from sfumato.nets.perceptual import FeatureDistance
+from sfumato.nets.token_prior import TokenPrior
 from sfumato.systems.config import SystemConfig
 from sfumato.systems.system import assemble
 from sfumato.training.held_out import HeldOut
@@ -29,8 +30,17 @@ from sfumato.training.history import LOSS, read_log
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 from sfumato.training.tasks.contrastive import info_nce
 from sfumato.training.tasks.denoising import Complete
+from sfumato.training.tasks.predicting import token_losses
 
-__all__ = ["LOSS", "VELOCITY", "DenoisingLoss", "ReconstructionLoss", "RetrievalLoss", "Validation"]
+__all__ = [
+    "LOSS",
+    "VELOCITY",
+    "DenoisingLoss",
+    "ReconstructionLoss",
+    "RetrievalLoss",
+    "TokenLoss",
+    "Validation",
+]
 
 VELOCITY = "validation/velocity"
 """Name in the log of the error that compares denoisers of different objectives, see `DenoisingLoss`."""
@@ -152,6 +162,29 @@ class RetrievalLoss:
         texts = torch.cat([clip.text(tokenizer(held.text[part])[0].to(device)).embedding for part in rows])
         loss = info_nce(pictures, texts, clip.logit_scale.exp())
         return {LOSS: float(loss), "validation/pairs": float(len(pictures))}
+
+
+class TokenLoss:
+    """What an autoregressive prior loses: the cross-entropy of a coordinate in nats, without dropout.
+
+    Args:
+        embed: of the task, see `Predicting`.
+    """
+
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        self.embed = embed
+
+    def __call__(self, folder: Folder, held: HeldOut) -> dict[str, float]:
+        """The mean loss."""
+        (stage,) = assemble(from_json(SystemConfig, dict(folder.system)), folder.parts).stages
+        net, losses = stage.denoiser.net, []
+        assert isinstance(net, TokenPrior)
+        for rows in held.rows():
+            cond = stage.conditioner(held.inputs(rows)).to(stage.device)
+            assert cond.pooled is not None
+            vectors = self.embed(held.images(rows, stage.device)).to(stage.device)
+            losses.append(token_losses(net, vectors, cond, cond.pooled))
+        return {LOSS: float(held.pooled(losses).mean())}
 
 
 class Validation:

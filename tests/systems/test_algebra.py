@@ -15,25 +15,27 @@ from sfumato.checkpoints.native import Parts
 from sfumato.cli import main
 from sfumato.core.png import save_png
 from sfumato.core.types import Inputs
-from sfumato.diffusion.guidance import CFG
-from sfumato.diffusion.schedules import Discrete
+from sfumato.diffusion.guidance import CFG, LogitCFG
+from sfumato.diffusion.schedules import Discrete, Flow
 from sfumato.nets.blocks import BlockConfig
 from sfumato.nets.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from sfumato.nets.embedding import EmbedderConfig, EmbeddingConfig, Feature
 from sfumato.nets.prior import Prior, PriorConfig
+from sfumato.nets.token_prior import TokenPrior, TokenPriorConfig
 from sfumato.nets.unet import UNet, UNetConfig, levels
 from sfumato.systems.algebra import Axes, Space, difference, slerp, spherical_mean
 from sfumato.systems.conditioning import ClipTextConfig, ImageEmbedConfig
 from sfumato.systems.config import StageConfig, SystemConfig
 from sfumato.systems.options import SampleOptions
+from sfumato.systems.request import options_for
 from sfumato.systems.system import System, assemble
 from sfumato.text.tokenizers import Tokenizer
 
 DIM = 8
 
 
-def space(*, dim: int = DIM) -> Space:
-    """A prior and a decoder of pictures of 8 pixels with random weights."""
+def space(*, dim: int = DIM, tokens: bool = False) -> Space:
+    """A prior, of diffusion or of tokens, and a decoder of pictures of 8 pixels with random weights."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["red bar", "blue bar"], vocab_size=64, context=6, end_highest=True)
     shape = {"width": 16, "depth": 1, "heads": 2, "hidden": 32, "embed": DIM}
@@ -50,9 +52,10 @@ def space(*, dim: int = DIM) -> Space:
         )
     )
     torch.nn.init.normal_(net.conv_out.weight, std=0.02)
-    prior = Prior(PriorConfig(dim=dim, text_dim=16, context=6, width=16, depth=1, heads=2))
-    cosine = Discrete(formula="cosine")
-    base = {"schedule": cosine, "defaults": SampleOptions(steps=3, guidance=CFG(2.0))}
+    read = {"dim": dim, "text_dim": 16, "context": 6, "width": 16, "depth": 1, "heads": 2}
+    prior = TokenPrior(TokenPriorConfig(**read, kept=5, buckets=9)) if tokens else Prior(PriorConfig(**read))
+    base = {"schedule": Discrete(formula="cosine"), "defaults": SampleOptions(steps=3, guidance=CFG(2.0))}
+    drawing = {"schedule": Flow(), "defaults": SampleOptions(steps=1, guidance=LogitCFG(2.0))}
     stages = (
         StageConfig(
             name="prior",
@@ -61,7 +64,7 @@ def space(*, dim: int = DIM) -> Space:
             shape=(dim,),
             emits="image_embed",
             conditioners=(ClipTextConfig(pooled=True, mask=True),),
-            **base,
+            **(drawing if tokens else base),
         ),
         StageConfig(
             name="decoder",
@@ -137,18 +140,34 @@ def test_pictures_are_drawn_again_from_their_noise_and_embedding():
     assert not torch.allclose(varied, again, atol=0.05)
 
 
-def test_embeddings_of_texts_and_of_the_prior_draw_pictures_too():
-    own = space()
+@pytest.mark.parametrize("tokens", [False, True])
+def test_embeddings_of_texts_and_of_the_prior_draw_pictures_too(tokens, tmp_path):
+    own = space(tokens=tokens)
     texts = ["red bar", "blue bar"]
     drawn = own.drawn_by_prior(texts, seed=3)
     assert drawn.shape == own.texts(texts).shape == (2, DIM)
     assert own.decode(drawn, seed=3).shape == (2, 3, 8, 8)
     both = own.system.run(Inputs(n=2, text=texts), seed=3)
     assert torch.equal(own.decode(drawn, seed=3), both.low_res)
+    torch.testing.assert_close(own.drawn_by_prior(texts[1:], seed=4), drawn[1:])
+    sfumato.save(own.system, tmp_path / "system")
+    assert torch.equal(Space(sfumato.load(tmp_path / "system")).drawn_by_prior(texts, seed=3), drawn)
 
 
-def test_the_candidate_nearest_to_its_text_stays():
-    own = space()
+def test_a_prior_of_tokens_draws_the_same_whatever_the_steps():
+    own = space(tokens=True)
+    prior, inputs = own.system.stages[0], Inputs(n=3, text=["red bar", "blue bar", ""])
+    drawn = own.drawn_by_prior(inputs.text)
+    steps = {"prior": options_for(prior.defaults, {"steps": 6, "sampler": "ddpm"})}
+    torch.testing.assert_close(own.system.run(inputs, steps, only=["prior"]).image_embed, drawn)
+    guided = {"prior": options_for(prior.defaults, {"guidance": 5})}
+    assert guided["prior"].guidance == LogitCFG(5.0)
+    assert not torch.allclose(own.system.run(inputs, guided, only=["prior"]).image_embed, drawn)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_candidate_nearest_to_its_text_stays(tokens):
+    own = space(tokens=tokens)
     inputs, (prior, decoder) = Inputs(n=2, text=["red bar", "blue bar"]), own.system.stages
     text = prior.conditioner(inputs).pooled
     scores = []

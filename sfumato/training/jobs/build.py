@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from sfumato.training.jobs.denoiser import denoising
 from sfumato.training.jobs.first_stage import (
     autoencoding,
@@ -11,14 +14,27 @@ from sfumato.training.jobs.first_stage import (
     noised_contrastive,
 )
 from sfumato.training.jobs.job import Job, Place
+from sfumato.training.jobs.token_prior import predicting
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.autoencoding import AutoencodingConfig
 from sfumato.training.tasks.classifying import ClassifyingConfig
 from sfumato.training.tasks.contrastive import ContrastiveConfig
+from sfumato.training.tasks.denoising import DenoisingConfig
 from sfumato.training.tasks.noised_contrastive import NoisedContrastiveConfig
 from sfumato.training.tasks.perceptual import CaptionWordsConfig
+from sfumato.training.tasks.predicting import PredictingConfig
 
 __all__ = ["build"]
+
+JOBS: Mapping[type, Callable[[Recipe, Any, Place], Job]] = {
+    AutoencodingConfig: autoencoding,
+    CaptionWordsConfig: caption_words,
+    ClassifyingConfig: classifying,
+    ContrastiveConfig: contrastive,
+    DenoisingConfig: denoising,
+    NoisedContrastiveConfig: noised_contrastive,
+    PredictingConfig: predicting,
+}
 
 
 def build(recipe: Recipe, place: Place) -> Job:
@@ -31,14 +47,4 @@ def build(recipe: Recipe, place: Place) -> Job:
             f"trainer.batch {recipe.trainer.batch} is more than the {len(place.pictures)} pictures of "
             f"{place.pictures.path}; lower it"
         )
-    if isinstance(recipe.task, AutoencodingConfig):
-        return autoencoding(recipe, recipe.task, place)
-    if isinstance(recipe.task, CaptionWordsConfig):
-        return caption_words(recipe, recipe.task, place)
-    if isinstance(recipe.task, ClassifyingConfig):
-        return classifying(recipe, recipe.task, place)
-    if isinstance(recipe.task, ContrastiveConfig):
-        return contrastive(recipe, recipe.task, place)
-    if isinstance(recipe.task, NoisedContrastiveConfig):
-        return noised_contrastive(recipe, recipe.task, place)
-    return denoising(recipe, recipe.task, place)
+    return JOBS[type(recipe.task)](recipe, recipe.task, place)

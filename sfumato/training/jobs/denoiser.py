@@ -47,7 +47,7 @@ from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import Complete, Denoising, DenoisingConfig
 from sfumato.training.texts import remembering
 
-__all__ = ["Built", "denoising"]
+__all__ = ["Built", "denoising", "drawn", "nearest"]
 
 PROMPTS = 16  # captions or classes that the previews draw if the recipe names none
 
@@ -136,8 +136,8 @@ def denoising(recipe: Recipe, config: DenoisingConfig, place: Place) -> Job:
     wanted = _shown(config, place, built, complete)
 
     def draw(averaged: Mapping[str, nn.Module]) -> Tensor:
-        drawn = _drawn(assemble(system, parts(averaged)), wanted, place.world)
-        return drawn if source.vectors is None else _nearest(drawn, source.vectors, place)
+        made = drawn(assemble(system, parts(averaged)), wanted, place.world)
+        return made if source.vectors is None else nearest(made, source.vectors, place)
 
     stage = settings.build(Parts({**source.frozen, **built.nets}, built.tokenizers))
     _check_fit(stage, config, complete)
@@ -318,7 +318,7 @@ def _shown(config: DenoisingConfig, place: Place, built: Built, complete: Comple
     return Inputs(n=len(prompts), text=prompts if reads else None, label=label)
 
 
-def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
+def drawn(system: System, wanted: Inputs, world: World) -> Tensor:
     """Pictures or embeddings; picture i has seed i, and each process draws some."""
     own, mine, broken = list[Tensor](), world.share(wanted.n), 0
     try:
@@ -334,9 +334,9 @@ def _drawn(system: System, wanted: Inputs, world: World) -> Tensor:
     return torch.stack(world.together(own, wanted.n))
 
 
-def _nearest(drawn: Tensor, vectors: Vectors, place: Place) -> Tensor:
+def nearest(made: Tensor, vectors: Vectors, place: Place) -> Tensor:
     """The pictures of the data whose embeddings are nearest to those drawn."""
-    return to_float(place.pictures.images(vectors.index[vectors.nearest(drawn)].tolist()))
+    return to_float(place.pictures.images(vectors.index[vectors.nearest(made)].tolist()))
 
 
 def _credited(place: Place, base: Base | None) -> Place:

@@ -28,7 +28,7 @@ from sfumato.training.latents import LatentBatches, Moments, encode_folder, stat
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import DenoisingConfig
 
-__all__ = ["Source", "Vectors", "embed_folder", "source_of"]
+__all__ = ["Source", "Vectors", "embed_folder", "of_clip", "source_of"]
 
 SURVEYED = 4096  # pictures from which the scale of latents is measured if they are not all encoded anyway
 CHUNK = 64  # pictures embedded at a time
@@ -100,7 +100,9 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
     Raises: ValueError in one line if the nets that they need are missing or do not fit the data.
     """
     if config.clip is not None:
-        return _of_clip(recipe, config, config.clip, place)
+        if config.init is not None or config.autoencoder is not None:
+            raise ValueError("task.clip goes with neither init nor autoencoder: its decoder works on pixels")
+        return of_clip(recipe, config.clip, place, embedded=isinstance(config.net, PriorConfig))
     if config.embedder is not None:
         taps = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
         return _embeddings(recipe, place, partial(_pooled, taps), base)
@@ -120,15 +122,16 @@ def _pixels(recipe: Recipe, place: Place) -> Source:
     return Source(PixelsConfig(), (3, size, size), picture_batches(recipe, place), {})
 
 
-def _of_clip(recipe: Recipe, config: DenoisingConfig, path: Path, place: Place) -> Source:
-    """Embeddings for a prior, else pictures; in both cases with the towers."""
-    if config.init is not None or config.autoencoder is not None:
-        raise ValueError("task.clip goes with neither init nor autoencoder: its decoder works on pixels")
+def of_clip(recipe: Recipe, path: Path, place: Place, *, embedded: bool) -> Source:
+    """Embeddings by a trained CLIP, for a prior, else pictures; in both cases with the towers.
+
+    Raises: ValueError in one line if there is none at `path`.
+    """
     clip = trained(path, CLIP, "openmoji-clip", place.device)
     folder = path if (path / MANIFEST).is_file() else path / "system"
     tokenizer = read_folder(folder, device=place.device).parts.tokenizers["tokenizer"]
     source = _pixels(recipe, place)
-    if isinstance(config.net, PriorConfig):
+    if embedded:
         source = _embeddings(recipe, place, partial(embedding_of, clip), None)
     frozen = {"text_encoder": clip.text, "image_encoder": clip.vision}
     return replace(source, frozen=frozen, clip=(clip, tokenizer))

@@ -33,7 +33,7 @@ from sfumato.systems.stage import Stage
 from sfumato.training.batches import Batch
 from sfumato.training.task import Loss, Memory, Moment, Phase
 
-__all__ = ["Complete", "Denoising", "DenoisingConfig"]
+__all__ = ["Complete", "Denoising", "DenoisingConfig", "check_share", "told"]
 
 Posterior = Literal["sample", "mean"]
 
@@ -115,8 +115,7 @@ class DenoisingConfig:
 
     def __post_init__(self) -> None:
         for name, share in (("dropout", self.dropout), ("dropout_image", self.dropout_image)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is {share}; allowed: a share in [0, 1), such as 0.1")
+            check_share(name, share)
         if self.autoencoder is not None and self.embedder is not None:
             raise ValueError("autoencoder and embedder are both given; choose what is to be denoised")
         if self.uncertainty is not None and self.uncertainty < 1:
@@ -249,10 +248,7 @@ class Denoising:
 
     def _told(self, inputs: Inputs, noise: Noise, device: torch.device) -> Conditioning:
         """What the net is told, with captions and labels dropped, and image embeddings independently."""
-        full = self.conditioner(inputs, noise).to(device)
-        keep = noise.uniform(torch.empty(inputs.n)) >= self.dropout
-        null = self.conditioner.null(inputs, full).to(device)
-        cond = full.select(keep.to(device), null)
+        full, null, cond = told(self.conditioner, inputs, self.dropout, noise, device)
         if full.image_embed is None or null.image_embed is None:
             return cond
         keep = (noise.uniform(torch.empty(inputs.n, 1)) >= self.dropout_image).to(device)
@@ -274,6 +270,26 @@ class Denoising:
     def preview(self, averaged: Mapping[str, nn.Module]) -> Tensor:
         """Pictures for the prompts by the averaged net and tower."""
         return self._draw(averaged)
+
+
+def told(
+    conditioner: Conditioner, inputs: Inputs, dropout: float, noise: Noise, device: torch.device
+) -> tuple[Conditioning, Conditioning, Conditioning]:
+    """What a net may be told, the same without what guidance amplifies, and rows of either, by chance.
+
+    Args:
+        dropout: share of the second.
+    """
+    full = conditioner(inputs, noise).to(device)
+    keep = noise.uniform(torch.empty(inputs.n)) >= dropout
+    null = conditioner.null(inputs, full).to(device)
+    return full, null, full.select(keep.to(device), null)
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises: ValueError in one line outside [0, 1)."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} is {share}; allowed: a share in [0, 1), such as 0.1")
 
 
 def _cropped(pictures: Tensor, side: int, cell: int, noise: Noise) -> Tensor:
