@@ -1,4 +1,4 @@
-"""Recipes of pixel diffusion on OpenMoji: a guided classifier, GLIDE's base and its fine-tune, tiny twins.
+"""Recipes of pixel diffusion on OpenMoji: DDPM, ADM and what guides it, GLIDE's base, tiny twins.
 
 Counts are in images. What the recipes reach is for the runs to say.
 """
@@ -48,6 +48,69 @@ def _encoder(width: int, at: tuple[int, ...], mults: tuple[int, ...], groups: in
         embedding=EmbeddingConfig(time_dim=width, dim=4 * width),
         block=BlockConfig(film=True, resample="residual", norm_groups=groups),
     )
+
+
+@RECIPES("openmoji-ddpm")
+def openmoji_ddpm() -> Recipe:
+    """DDPM's blocks on OpenMoji at 32x32, told nothing: L_simple, a variance of no parameters; untried."""
+    task = DenoisingConfig(
+        net=_ddpm(48, (1, 2, 2)),
+        schedule=Discrete(),
+        prediction="eps",
+        dropout=0.0,
+        sampling=SampleOptions(sampler="ddpm", steps=100, spacing="respaced", threshold=Static()),
+    )
+    return Recipe(
+        name="openmoji-ddpm",
+        task=task,
+        data=replace(AUGMENTED, size=32, shift=2),
+        optim=ADAMW,
+        trainer=TrainerConfig(images=300_000, batch=32, ema=0.999),
+        about=about("DDPM on OpenMoji, 32x32."),
+    )
+
+
+@RECIPES("openmoji-adm")
+def openmoji_adm() -> Recipe:
+    """ADM told one of OpenMoji's groups, at 32x32, for openmoji-classifier to guide; untried.
+
+    A tenth of the groups is left out in training, so that guidance without a classifier works too.
+    """
+    task = DenoisingConfig(
+        net=_classed(_encoder(48, (1, 2), (1, 2, 3)), len(GROUPS)),
+        schedule=COSINE,
+        prediction="eps",
+        learned_var=True,
+        objective=Objective(vlb=0.001),
+        sampling=replace(SAMPLING, guidance=CFG(1.0)),
+    )
+    return Recipe(
+        name="openmoji-adm",
+        task=task,
+        data=replace(AUGMENTED, size=32, shift=2, label="group"),
+        optim=ADAMW,
+        trainer=TrainerConfig(images=300_000, batch=32, ema=0.999),
+        about=about("Class-conditional ADM on OpenMoji, 32x32."),
+    )
+
+
+def _ddpm(width: int, mults: tuple[int, ...], groups: int = 8) -> UNetConfig:
+    """DDPM's blocks, small: attention of one head at half the resolution, the time added before the norm."""
+    attention = AttentionConfig(heads=1)
+    return UNetConfig(
+        in_channels=3,
+        out_channels=3,
+        levels=levels(width, mults, 1, attention=attention, at=(1,)),
+        middle=attention,
+        embedding=EmbeddingConfig(time_dim=width, dim=4 * width, cos_first=False, shift=1.0),
+        block=BlockConfig(resample="conv_asymmetric", norm_eps=1e-6, norm_groups=groups),
+    )
+
+
+def _classed(net: UNetConfig, classes: int) -> UNetConfig:
+    """The same, told one of some classes or none."""
+    label = EmbedderConfig(kind="table", features=(Feature(field="label", dim=classes + 1),))
+    return replace(net, embedding=replace(net.embedding, extras=(label,)))
 
 
 @RECIPES("openmoji-classifier")
@@ -145,6 +208,24 @@ def _filling(task: DenoisingConfig, base: Path) -> DenoisingConfig:
 
 
 # Twins for smoke tests: any folder of captioned and labelled pictures, seconds on one core.
+
+
+@RECIPES("toy-ddpm")
+def toy_ddpm() -> Recipe:
+    """Tiny twin of openmoji-ddpm."""
+    full = openmoji_ddpm()
+    assert isinstance(full.task, DenoisingConfig)
+    sampling = replace(full.task.sampling, steps=2)
+    return toy(full, replace(full.task, net=_ddpm(8, (1, 2), 4), sampling=sampling))
+
+
+@RECIPES("toy-adm")
+def toy_adm() -> Recipe:
+    """Tiny twin of openmoji-adm, for three classes; toy-classifier guides it."""
+    full = openmoji_adm()
+    assert isinstance(full.task, DenoisingConfig)
+    net = _classed(_encoder(8, (1,), (1, 2), 4), 3)
+    return toy(full, replace(full.task, net=net, sampling=replace(full.task.sampling, steps=2)))
 
 
 @RECIPES("toy-classifier")

@@ -62,7 +62,7 @@ def test_every_recipe_survives_json_and_builds_its_nets(name):
     assert recipe.name == name
     assert recipe == RECIPES[name]()
     assert from_json(Recipe, json.dumps(to_json(recipe))) == recipe
-    if recipe.task.net is None:  # that of the system it begins from
+    if getattr(recipe.task, "net", None) is None:  # that of the system it begins from, or two towers
         return
     kind = next(kind for kind in NETS.values() if kind.config is type(recipe.task.net))
     with torch.device("meta"):
