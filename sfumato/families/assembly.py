@@ -22,6 +22,7 @@ __all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "needed", 
 
 # What becomes of networks that come without a denoiser.
 ALONE = {
+    "adapter": "this is a T2I-Adapter: add it to a system of its base with --control, or systems.adapting",
     "control": "this is a ControlNet: add it to a system of its base with --control, or systems.adapting",
     "vae": "this is a first stage: give it as vae with the file of a denoiser",
 }
