@@ -271,7 +271,7 @@ class Hint:
         if hint is None:
             raise ValueError(f"{count} ControlNets or T2I-Adapters read a picture each, and there is no hint")
         if hint.shape[1] == 3 * count != sum(self.channels):  # pictures, all of them with three channels
-            pairs = enumerate(zip(hint.split(3, dim=1), self.channels, strict=True))
+            pairs = enumerate(zip(hint.chunk(count, dim=1), self.channels, strict=True))
             hint = torch.cat([_gray(one, i) if wide == 1 else one for i, (one, wide) in pairs], dim=1)
         control = hint.new_ones(inputs.n, count) if any(self.guess) else None
         return Conditioning(hint=(hint + 1) / 2, control=control)
