@@ -191,6 +191,8 @@ def test_a_controlled_system_is_kept_and_drawn_from_pictures(
     first = system.generate("red", hint=picture, size=16, steps=2)[0]
     assert first.tobytes() != system.generate("red", hint=hints(2)[1], size=16, steps=2)[0].tobytes()
     sfumato.save(system, tmp_path / "kept")
+    with pytest.raises(ValueError, match="has no place for the ControlNets and T2I-Adapters of this system"):
+        sfumato.save(system, tmp_path / "theirs", layout="unet-diffusers")
     again = sfumato.load(tmp_path / "kept")
     assert again.generate("red", hint=[picture], size=16, steps=2)[0].tobytes() == first.tobytes()
     with pytest.raises(
