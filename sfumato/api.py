@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from sfumato.checkpoints.foreign import CONFIG, INDEX, Foreign, read_foreign, read_json, read_text, write_nets
+from sfumato.checkpoints.hub import resolved
 from sfumato.checkpoints.native import MANIFEST, read_folder
 from sfumato.core.device import device_of
 from sfumato.systems.adapting import adapted
@@ -45,6 +46,7 @@ def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     """A system from its folder, or from a file or folder of another program; without a path the bundled one.
 
     Args:
+        path: also ORG/NAME[@REVISION] in the cache of the model hub, see `sfumato pull`; nothing is fetched.
         layout, config: of a file of another program, see `load_nets`.
         vae: its first stage, if that is a file or folder of its own; without one it draws latents.
         text: folder with the text encoder that it reads with (IF: T5) and its tokenizer, if it has none; or a
@@ -59,7 +61,7 @@ def load(  # noqa: PLR0913 (the parts that may come from elsewhere)
     """
     if path is None and not BUNDLED.is_dir():
         raise ValueError(f"the bundled system is missing at {BUNDLED}; install sfumato again, or give a path")
-    path, where, held = Path(path or BUNDLED), device_of(device), dtype or torch.float32
+    path, where, held = resolved(Path(path or BUNDLED)), device_of(device), dtype or torch.float32
     if _foreign(path):
         system = _load_foreign(path, layout, _settings(config), vae, text, where, held)
     elif layout is not None or config is not None or vae is not None or text is not None:
@@ -148,7 +150,7 @@ def load_nets(
 
     Raises: ValueError in one line naming the file, what was expected and what was found.
     """
-    path, where, held = Path(path), device_of(device), dtype or torch.float32
+    path, where, held = resolved(Path(path)), device_of(device), dtype or torch.float32
     if (path / MANIFEST).is_file() and layout is None and config is None:
         return dict(read_folder(path, device=where, dtype=held).parts.nets)
     return dict(read_foreign(path, layout=layout, config=_settings(config), device=where, dtype=held).nets)

@@ -1,12 +1,13 @@
-"""Weights in the caches of the model hub and of torch.hub; nothing is ever downloaded."""
+"""Weights in the caches of the model hub and of torch.hub; nothing is downloaded here."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["WEIGHTS", "located", "snapshot", "torch_hub"]
+__all__ = ["REPOSITORY", "WEIGHTS", "hub_cache", "located", "resolved", "snapshot", "torch_hub"]
 
 WEIGHTS = (
     *("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"),
@@ -15,10 +16,23 @@ WEIGHTS = (
 """Names that a folder's weights may have, in the order in which they are looked for."""
 
 
+REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+"""ORG/NAME[@REVISION] of the model hub."""
+
+
 def torch_hub() -> Path:
     """Folder of the files that torch.hub has downloaded."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("TORCH_HOME") or cache / "torch") / "hub" / "checkpoints"
+
+
+def hub_cache() -> Path:
+    """Folder in which the model hub's programs keep what they download."""
+    home = (
+        os.environ.get("HF_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def snapshot(repository: str, revision: str = "main") -> Path | None:
@@ -27,16 +41,28 @@ def snapshot(repository: str, revision: str = "main") -> Path | None:
     Args:
         revision: a branch, tag or commit.
     """
-    home = (
-        os.environ.get("HF_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    folder = cache / f"models--{repository.replace('/', '--')}"
+    folder = hub_cache() / f"models--{repository.replace('/', '--')}"
     ref = folder / "refs" / revision
     commit = ref.read_text("utf-8").strip() if ref.is_file() else revision
     found = folder / "snapshots" / commit
     return found if found.is_dir() else None
+
+
+def resolved(path: Path) -> Path:
+    """The path, or where ORG/NAME[@REVISION] of the model hub lies in its cache if there is no such path.
+
+    Raises: ValueError in one line if it is of that form and is in neither place.
+    """
+    match = REPOSITORY.fullmatch(path.as_posix())
+    if path.exists() or match is None:
+        return path
+    place = snapshot(match[1], match[2] or "main")
+    if place is None:
+        raise ValueError(
+            f"there is no file or folder {path}, nor is it in the cache of the model hub; check the path, or "
+            f"fetch it from there first: sfumato pull {path}"
+        )
+    return place
 
 
 def located(

@@ -24,7 +24,10 @@ KINDS = {
         r"^controlnet_|^(control_model\.)?(zero_convs|input_hint_block)\.",
         "add it with systems.adapting.controlled (--control) to a system of its base",
     ),
-    "a T2I-Adapter": (r"^(adapter\.)?body\.\d+\.(resnets|block1|in_conv)", NOT_READ),
+    "a T2I-Adapter": (
+        r"^(adapter\.)?body\.\d+\.(resnets|block1|in_conv)",
+        "add it with systems.adapting.controlled (--control) to a system of its base",
+    ),
     "Stable Diffusion 3": (r"joint_blocks\.|transformer_blocks\.\d+\.norm1_context", NOT_READ),
     "Flux": (r"double_blocks\.|single_transformer_blocks\.", NOT_READ),
     "an enlarger of pictures": (r"rdb1\.conv1|RRDB_trunk", NOT_READ),

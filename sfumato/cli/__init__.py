@@ -54,6 +54,13 @@ def info(args: list[str]) -> int:
     return verb(args)
 
 
+def pull(args: list[str]) -> int:
+    """Fetch a system from the model hub."""
+    from sfumato.cli.pull import pull as verb
+
+    return verb(args)
+
+
 def data(args: list[str]) -> int:
     """Make the OpenMoji picture set or scenes, or check a folder of pictures."""
     from sfumato.cli.datasets import data as verb
@@ -109,6 +116,7 @@ VERBS: dict[str, Verb] = {
     "reconstruct": reconstruct,
     "algebra": algebra,
     "info": info,
+    "pull": pull,
     "data": data,
     "train": train,
     "runs": runs,

@@ -1,4 +1,4 @@
-"""What is put on top of a system before it draws: adapters, learned words, ControlNets, guides."""
+"""What is put on top of a system before it draws: adapters, learned words, nets that steer it, guides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Additions:
     words: tuple[Path, ...] = ()
     """Textual-inversion files: prompts may then say the name of the file, or the word in it."""
     control: tuple[str, ...] = ()
-    """NET=PICTURE[:SCALE[:START-STOP]]: a ControlNet and the picture that it follows."""
+    """NET=PICTURE[:SCALE[:START-STOP]]: a ControlNet or T2I-Adapter and its picture."""
     guess: bool = False
     """The ControlNets steer pictures without a prompt."""
     guide: tuple[Path, ...] = ()
@@ -54,7 +54,7 @@ def opened(flags: Additions, path: Path | None, device: str | torch.device) -> S
 
 
 def hints_of(flags: Additions) -> list[Image.Image] | None:
-    """The pictures that the ControlNets follow; None without any."""
+    """The pictures that ControlNets and T2I-Adapters follow; None without any."""
     from sfumato.core.image import load
 
     return [load(_control(text, flags.guess)[1]) for text in flags.control] or None

@@ -254,26 +254,45 @@ def augmentation(
 
 @dataclass(frozen=True)
 class Hint:
-    """The pictures that ControlNets read.
+    """The pictures that ControlNets and T2I-Adapters read.
 
     Attributes:
-        guess: of each ControlNet, whether it leaves alone what guidance leaves behind.
+        guess: of each of them, whether it leaves alone what guidance leaves behind.
+        channels: of the picture that each reads; 1 = gray.
     """
 
     guess: tuple[bool, ...]
+    channels: tuple[int, ...]
 
     def __call__(self, inputs: Inputs, noise: Noise | None = None) -> Conditioning:
-        """Fields hint (n, K, H, W) in [0, 1] and, for guess mode, control. Raises: ValueError without one."""
-        if inputs.hint is None:
-            raise ValueError(f"{len(self.guess)} ControlNets read a picture each, and there is no hint")
-        control = inputs.hint.new_ones(inputs.n, len(self.guess)) if any(self.guess) else None
-        return Conditioning(hint=(inputs.hint + 1) / 2, control=control)
+        """Fields hint (n, K, H, W) in [0, 1] and, for guess mode, control.
+
+        Raises: ValueError without a hint, or if one that reads gray pictures is given colors.
+        """
+        hint, count = inputs.hint, len(self.channels)
+        if hint is None:
+            raise ValueError(f"{count} ControlNets or T2I-Adapters read a picture each, and there is no hint")
+        if hint.shape[1] == 3 * count != sum(self.channels):  # pictures, all of them with three channels
+            pairs = enumerate(zip(hint.chunk(count, dim=1), self.channels, strict=True))
+            hint = torch.cat([_gray(one, i) if wide == 1 else one for i, (one, wide) in pairs], dim=1)
+        control = hint.new_ones(inputs.n, count) if any(self.guess) else None
+        return Conditioning(hint=(hint + 1) / 2, control=control)
 
     def null(self, inputs: Inputs, cond: Conditioning) -> Conditioning:
         """The picture stays; in guess mode it does not act."""
         if cond.control is None:
             return cond
         return replace(cond, control=cond.control * (1 - cond.control.new_tensor(self.guess)))
+
+
+def _gray(picture: Tensor, i: int) -> Tensor:
+    """(n, 3, H, W) -> (n, 1, H, W). Raises: ValueError if it has colors."""
+    if not torch.equal(picture, picture[:, :1].expand_as(picture)):
+        raise ValueError(
+            f"picture {i + 1} of the hint has colors, and the net that reads it takes gray ones; convert it "
+            'first, with picture.convert("L") if that is what it was trained on'
+        )
+    return picture[:, :1]
 
 
 def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:

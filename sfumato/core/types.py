@@ -71,23 +71,26 @@ class Conditioning:
     aug: Tensor | None = None
     """(B,) noise-augmentation level of `concat` or `image_embed`."""
     hint: Tensor | None = None
-    """(B, K, H, W) ControlNet picture(s) in [0, 1] at pixel resolution, side by side in the channels."""
+    """(B, K, H, W) picture(s) in [0, 1] of the nets beside a U-Net, side by side in the channels."""
     control: Tensor | None = None
-    """(B, n) how much each ControlNet acts on each row; None = all fully."""
+    """(B, n) how much each net beside a U-Net acts on each row; None = all fully."""
     kv: KeysValues | None = None
     """Keys and values of `tokens` for each attention layer that reads them, from the net's `prepare`."""
+    features: tuple[tuple[Tensor, ...], ...] = ()
+    """What each net beside a U-Net makes of its part of `hint`, from `prepare`."""
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are set, by field name; `kv` is derived and not among them."""
+        """The tensors that are set, by field name; what `prepare` derived is not among them."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "kv" and value is not None:
+            if f.name not in ("kv", "features") and value is not None:
                 yield f.name, value
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply fn to every tensor, prepared keys and values included."""
+        """Apply fn to every tensor, what was prepared included."""
         kv = None if self.kv is None else tuple((fn(k), fn(v)) for k, v in self.kv)
-        return replace(self, kv=kv, **{name: fn(v) for name, v in self.items()})
+        maps = tuple(tuple(fn(v) for v in one) for one in self.features)
+        return replace(self, kv=kv, features=maps, **{name: fn(v) for name, v in self.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Move to a device; floating tensors also take `dtype`."""
@@ -103,7 +106,7 @@ class Conditioning:
         rows = {
             k: torch.where(keep.reshape((-1,) + (1,) * (v.ndim - 1)), v, theirs[k]) for k, v in self.items()
         }
-        return replace(self, kv=None, **rows)
+        return replace(self, kv=None, features=(), **rows)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -177,7 +180,7 @@ class Inputs:
     strength: float = 1.0
     """How much of the walk an edit repeats, in (0, 1]."""
     hint: Tensor | None = None
-    """(n, K, H, W): what ControlNets read, side by side in the channels; or how near things are."""
+    """(n, K, H, W): what ControlNets and T2I-Adapters read, side by side; or how near things are."""
     low_res: Tensor | None = None
     """(n, 3, h, w): result of the previous stage, or a photo to enlarge."""
     aug: Tensor | None = None

@@ -8,11 +8,13 @@ sample ("set_alpha_to_one": false).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.core.registry import unknown
 from sfumato.diffusion.grid import SPACINGS, Grid, Point
 from sfumato.diffusion.schedules import Discrete, NoiseSchedule
 
@@ -141,7 +143,7 @@ def respaced(
 
 
 @SPACINGS("karras")
-def karras(
+def karras(  # noqa: PLR0913 (the ends, and what they are taken from)
     schedule: NoiseSchedule,
     steps: int,
     *,
@@ -149,15 +151,27 @@ def karras(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     clean_end: bool = True,
+    ends: str = "",
+    offset: int = 0,
+    rounding: bool = False,
 ) -> Grid:
     """Evenly in (sigma / alpha)^(1 / rho), both ends included (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     Args:
         sigma_min, sigma_max: sigma / alpha of the ends, by default the schedule's; needed where those are 0
             or infinite.
+        ends: "leading" or "trailing" = by default the ends of that spacing, as in diffusers' Euler and Heun.
+        offset: of the spacing "leading" that ends are taken from.
+        rounding: the net embeds the nearest whole index, as in diffusers' multistep solvers; discrete
+            schedules only.
     """
-    low, high = _bounds(schedule, steps, sigma_min, sigma_max, "karras")
-    return _by_ratio(schedule, _line(high ** (1 / rho), low ** (1 / rho), steps).pow(rho), clean_end)
+    low, high = _bounds(schedule, steps, sigma_min, sigma_max, "karras", ends, offset)
+    grid = _by_ratio(schedule, _line(high ** (1 / rho), low ** (1 / rho), steps).pow(rho), clean_end)
+    if not rounding:
+        return grid
+    _discrete(schedule, steps, "karras")
+    whole = schedule(schedule.time_of(grid.sigma[:-1] / grid.alpha[:-1]).round()).t
+    return replace(grid, t=torch.cat([whole, grid.t[-1:]]))
 
 
 @SPACINGS("exponential")
@@ -168,9 +182,11 @@ def exponential(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     clean_end: bool = True,
+    ends: str = "",
+    offset: int = 0,
 ) -> Grid:
-    """Evenly in ln(sigma / alpha), both ends included; bounds as in `karras`."""
-    low, high = _bounds(schedule, steps, sigma_min, sigma_max, "exponential")
+    """Evenly in ln(sigma / alpha), both ends included; bounds, ends and offset as in `karras`."""
+    low, high = _bounds(schedule, steps, sigma_min, sigma_max, "exponential", ends, offset)
     return _by_ratio(schedule, _line(math.log(high), math.log(low), steps).exp(), clean_end)
 
 
@@ -262,12 +278,24 @@ def _discrete(schedule: NoiseSchedule, steps: int, name: str) -> Discrete:
 
 
 def _bounds(
-    schedule: NoiseSchedule, steps: int, low: float | None, high: float | None, name: str
+    schedule: NoiseSchedule,
+    steps: int,
+    low: float | None,
+    high: float | None,
+    name: str,
+    ends: str = "",
+    offset: int = 0,
 ) -> tuple[float, float]:
     """The cleanest and the noisiest sigma / alpha of a grid that is spaced in it."""
     _check_steps(schedule, steps)
     clean, noisy = (Point.of(schedule(torch.tensor(t, dtype=torch.float64))).ratio for t in schedule.span)
-    low, high = clean if low is None else low, noisy if high is None else high
+    first, last = noisy, clean
+    if ends:
+        if ends not in ("leading", "trailing"):
+            raise ValueError(unknown("ends", ends, ["leading", "trailing"]))
+        grid = leading(schedule, steps, offset=offset) if ends == "leading" else trailing(schedule, steps)
+        first, last = grid.points[0].ratio, grid.points[-2].ratio
+    low, high = last if low is None else low, first if high is None else high
     if not 0 < low < high < math.inf:
         raise ValueError(
             f"spacing {name!r} got sigma/alpha from {high:g} to {low:g}; "

@@ -22,6 +22,7 @@ __all__ = ["ASSEMBLIES", "PUBLICATIONS", "Publication", "latents_of", "needed", 
 
 # What becomes of networks that come without a denoiser.
 ALONE = {
+    "adapter": "this is a T2I-Adapter: add it to a system of its base with --control, or systems.adapting",
     "control": "this is a ControlNet: add it to a system of its base with --control, or systems.adapting",
     "vae": "this is a first stage: give it as vae with the file of a denoiser",
 }
@@ -69,6 +70,11 @@ def write_system(system: System, path: str | Path, layout: str, *, dtype: torch.
 
     Raises: ValueError in one line if the layout cannot hold it, or `path` is a folder that is not empty.
     """
+    if any(stage.controls for stage in system.config.stages):
+        raise ValueError(
+            f"layout {layout!r} has no place for the ControlNets and T2I-Adapters of this system; save it "
+            "without a layout, or its base"
+        )
     path, plan = Path(path), PUBLICATIONS[layout](system)
     nets = {**system.parts.nets, **plan.nets}
     if not LAYOUTS[layout].diffusers:

@@ -16,6 +16,7 @@ from sfumato.systems.start import FromNoise
 
 __all__ = ["Sampling", "ddim_config", "sampling_of"]
 
+Knobs = dict[str, bool | int | float | str | None]
 FORMULAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 VARIANCES = {"fixed_small": "small", "fixed_large": "large"}
@@ -33,6 +34,9 @@ SAMPLERS = {
 """Class of diffusers -> our sampler."""
 DROPPING = ("dpmpp_2m", "unipc")  # lay out one step more than they take
 KARRAS = ("euler", "euler_ancestral", "heun")  # take times that are no whole numbers
+SHAPED = ("dpmpp_2m", "euler", "heun", "unipc")  # read the options that follow; others pass them over
+SHAPES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
+UNKNOWN_SHAPES = ("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 CLIPPING = ("ddim", "ddpm", "lcm")
 CLEAN_END = ("ddim", "plms")  # end where set_alpha_to_one says; the files of others say it, too
 
@@ -49,7 +53,7 @@ class Sampling:
 def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Sampling:
     """The schedule, the prediction and the default walk of a scheduler's config.
 
-    Raises: ValueError in one line for a class, formula or prediction that is unknown.
+    Raises: ValueError in one line for a class, formula, prediction or choice of levels that is unknown.
     """
     kind = str(config.get("_class_name", "DDIMScheduler"))
     sampler = _known("scheduler class", SAMPLERS, kind)
@@ -68,18 +72,8 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
         values=tuple(table or ()),
         zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
     )
-    spacing = config.get("timestep_spacing", "leading" if sampler in ("ddim", "ddpm", "plms") else "linspace")
-    knobs: dict[str, bool | int | float | str | None] = {}
-    if sampler == "lcm":
-        spacing, knobs["original"] = "distilled", int(config.get("original_inference_steps", 50))
-    if sampler in KARRAS and spacing == "linspace":
-        knobs["rounding"] = False
-    if spacing == "leading" and config.get("steps_offset"):
-        knobs["offset"] = int(config["steps_offset"])
-    if sampler in DROPPING and spacing != "trailing":
-        knobs["drop_last"] = True
-    if sampler in CLEAN_END and not config.get("set_alpha_to_one", True):
-        knobs["clean_end"] = False
+    told = config.get("timestep_spacing", "leading" if sampler in ("ddim", "ddpm", "plms") else "linspace")
+    spacing, knobs = _shaped(config, sampler, told) or _spaced(config, sampler, told)
     variance = str(config.get("variance_type", "fixed_small")).removesuffix("_log")
     if sampler == "ddpm" and variance != "learned_range":
         variance = _known("variance_type", VARIANCES, variance)
@@ -91,13 +85,54 @@ def sampling_of(config: Mapping[str, Any], *, steps: int, guidance: CFG) -> Samp
             sampler=sampler,
             knobs={"variance": "large"} if sampler == "ddpm" and variance == "large" else {},
             steps=steps,
-            spacing=str(spacing),
+            spacing=spacing,
             spacing_knobs=knobs,
             guidance=guidance,
-            start=FromNoise("sigma" if sampler in KARRAS and spacing != "leading" else "unit"),
+            start=FromNoise("sigma" if sampler in KARRAS and told != "leading" else "unit"),
             threshold=_threshold(config, clips=bool(clips)),
         ),
     )
+
+
+def _spaced(config: Mapping[str, Any], sampler: str, spacing: str) -> tuple[str, Knobs]:
+    """The levels that `timestep_spacing` says."""
+    knobs: Knobs = {}
+    if sampler == "lcm":
+        spacing, knobs["original"] = "distilled", int(config.get("original_inference_steps", 50))
+    if sampler in KARRAS and spacing == "linspace":
+        knobs["rounding"] = False
+    if spacing == "leading" and config.get("steps_offset"):
+        knobs["offset"] = int(config["steps_offset"])
+    if sampler in DROPPING and spacing != "trailing":
+        knobs["drop_last"] = True
+    if sampler in CLEAN_END and not config.get("set_alpha_to_one", True):
+        knobs["clean_end"] = False
+    return spacing, knobs
+
+
+def _shaped(config: Mapping[str, Any], sampler: str, spacing: str) -> tuple[str, Knobs] | None:
+    """The levels of an option that goes by sigma / alpha; None if there is none.
+
+    Between the ends of `timestep_spacing`, or of the whole table where the solver drops the last step.
+    Raises: ValueError for an option that is not known here, or several.
+    """
+    asked = [name for name in (*SHAPES, *UNKNOWN_SHAPES) if sampler in SHAPED and config.get(name)]
+    if not asked:
+        return None
+    if len(asked) > 1 or asked[0] not in SHAPES:
+        raise ValueError(
+            f"the scheduler's config has {' and '.join(asked)}; allowed: one of {', '.join(SHAPES)}; set the "
+            "rest to false"
+        )
+    knobs: Knobs = {n: float(v) for n in ("sigma_min", "sigma_max") if (v := config.get(n)) is not None}
+    if sampler in DROPPING and asked[0] == "use_karras_sigmas":
+        # Elsewhere diffusers cuts the decimals off, so that rounding decides at the ends; here they are read.
+        knobs["rounding"] = config.get("beta_schedule") != "squaredcos_cap_v2"
+    elif sampler not in DROPPING and spacing != "linspace":
+        knobs["ends"] = spacing
+        if spacing == "leading" and config.get("steps_offset"):
+            knobs["offset"] = int(config["steps_offset"])
+    return SHAPES[asked[0]], knobs
 
 
 def _threshold(config: Mapping[str, Any], *, clips: bool) -> ThresholdConfig | None:
@@ -119,8 +154,10 @@ def ddim_config(stage: StageConfig) -> dict[str, object]:
     formula = {"betas": "trained_betas"}.get(schedule.formula) or _known(
         "formula", formulas, schedule.formula
     )
-    options = stage.defaults
-    leading, original = options.spacing == "leading", options.spacing_knobs.get("original")
+    options, knobs = stage.defaults, stage.defaults.spacing_knobs
+    shapes = {ours: theirs for theirs, ours in SHAPES.items()} if options.sampler in SHAPED else {}
+    shape, original = shapes.get(options.spacing), knobs.get("original")
+    spacing = options.spacing if shape is None else knobs.get("ends") or "linspace"
     start, end = (schedule.start, schedule.end) if schedule.start is not None else _ends(schedule)
     return {
         "_class_name": "DDIMScheduler",
@@ -131,11 +168,13 @@ def ddim_config(stage: StageConfig) -> dict[str, object]:
         "trained_betas": list(schedule.values) or None,
         "rescale_betas_zero_snr": schedule.zero_snr,
         "prediction_type": _known("parameterization", predictions, stage.parameterization),
-        "timestep_spacing": options.spacing if options.spacing in ("leading", "linspace") else "trailing",
-        "steps_offset": options.spacing_knobs.get("offset", 0) if leading else 0,
-        "set_alpha_to_one": bool(options.spacing_knobs.get("clean_end", True)),
+        "timestep_spacing": spacing if spacing in ("leading", "linspace") else "trailing",
+        "steps_offset": knobs.get("offset", 0) if spacing == "leading" else 0,
+        "set_alpha_to_one": bool(knobs.get("clean_end", True)),
         "clip_sample": isinstance(options.threshold, Static),
         **({"original_inference_steps": original} if original else {}),
+        **({shape: True} if shape else {}),
+        **{name: knobs[name] for name in ("sigma_min", "sigma_max") if shape and name in knobs},
         "clip_sample_range": options.threshold.limit if isinstance(options.threshold, Static) else 1.0,
     }
 

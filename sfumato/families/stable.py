@@ -31,6 +31,7 @@ STEPS, GUIDANCE = 50, CFG(7.5)
 DISTILLED_STEPS = 4
 NEEDED = ("net", "vae", "text_encoder")
 UPSCALER_SCALE = 0.08333  # of the latents of the x4 upscaler
+BESIDE = ("controlnet", "adapter")  # nets beside the U-Net that the pipelines with pictures have
 
 
 # What the single files of both versions were trained with; the sampler is that of their scripts.
@@ -57,7 +58,12 @@ def _folder(found: Foreign) -> System:
         sampling = replace(sampling, defaults=replace(sampling.defaults, guidance=Embedded()))
     if "image_encoder" in found.nets and "text_encoder" not in found.nets:
         return variations(found, sampling)
-    return (sdxl.sdxl_system if large else stable_system)(found, sampling, "Read from a folder of diffusers.")
+    system = (sdxl.sdxl_system if large else stable_system)(
+        found, sampling, "Read from a folder of diffusers."
+    )
+    for name in BESIDE:
+        system = controlled(system, found.nets[name]) if name in found.nets else system
+    return system
 
 
 @ASSEMBLIES("sd1-compvis")

@@ -79,6 +79,7 @@ NETS = NetTable(
         "perceptual": ("perceptual", "PerceptualConfig", "PerceptualNet"),
         "perceptual_squeeze": ("perceptual", "SqueezeConfig", "SqueezePerceptualNet"),
         "prior": ("prior", "PriorConfig", "Prior"),
+        "t2i_adapter": ("t2i_adapter", "T2IAdapterConfig", "T2IAdapter"),
         "t5": ("t5", "T5Config", "T5Encoder"),
         "text_transformer": ("text", "TextTransformerConfig", "TextTransformer"),
         "token_prior": ("token_prior", "TokenPriorConfig", "TokenPrior"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sfumato.core.types import Conditioning, KeysValues
 from sfumato.nets.attention import token_readers
 from sfumato.nets.blocks import dtype_of, zeroed
+from sfumato.nets.t2i_adapter import T2IAdapter, check_base, places
 from sfumato.nets.unet import Encoded, Encoder, UNet, UNetConfig, skip_widths
 
 __all__ = ["ControlNet", "ControlNetConfig", "ControlUse", "Controlled", "Residuals", "fresh_control"]
@@ -102,12 +103,7 @@ class ControlNet(nn.Module):
 
     def residuals(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor) -> Residuals:
         """The same from keys and values, and from features of the picture."""
-        if hint.shape[-2:] != x.shape[-2:]:
-            f = self.config.factor
-            (h, w), (height, width) = hint.shape[-2:], x.shape[-2:]
-            raise ValueError(
-                f"the hint is {w * f}x{h * f} pixels; this ControlNet needs {width * f}x{height * f} here"
-            )
+        _check_size("ControlNet", hint, x, self.config.factor, self.config.factor)
         encoded = self.encoder(x[:, : self.config.encoder.in_channels], t, cond, hint)
         added = [conv(h) for conv, h in zip(self.zero, (*encoded.skips, encoded.h), strict=True)]
         if self.config.pooled:
@@ -117,13 +113,13 @@ class ControlNet(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlUse:
-    """How a ControlNet acts.
+    """How a ControlNet or T2I-Adapter acts.
 
     Attributes:
         scale: factor on what it adds.
         start, stop: part of the walk in which it acts, from 0 = noise to 1 = clean.
-        guess: coarse features count more, and what guidance leaves behind is not controlled, so that the
-            picture steers without a text (a scale of guidance of 3 to 5 is usual).
+        guess: of ControlNets: coarse features count more, and what guidance leaves behind is not controlled,
+            so that the picture steers without a text (a scale of guidance of 3 to 5 is usual).
 
     Raises: ValueError if the part of the walk is empty or outside of it.
     """
@@ -145,29 +141,48 @@ class ControlUse:
 
 
 class Controlled(nn.Module):
-    """A U-Net with ControlNets; called as the U-Net is, with their pictures side by side in `cond.hint`.
+    """A U-Net with ControlNets and T2I-Adapters; called as the U-Net is, with their pictures in `cond.hint`.
 
+    The pictures are side by side in the channels.
     `cond.control` (B, n), where it is given, says how much each of them acts on each row.
+
+    Raises: ValueError if one of them is for another base, or a T2I-Adapter is to guess.
     """
 
-    def __init__(self, unet: UNet, branches: Sequence[ControlNet], uses: Sequence[ControlUse] = ()) -> None:
+    def __init__(
+        self, unet: UNet, branches: Sequence[ControlNet | T2IAdapter], uses: Sequence[ControlUse] = ()
+    ) -> None:
         super().__init__()
         self.unet, self.branches = unet, nn.ModuleList(branches)
         self.uses = tuple(uses) or (ControlUse(),) * len(branches)
         self.config = unet.config
+        self.places = places(unet.config)
         self.times: Tensor | None = None
-        for branch in branches:
-            _check(unet.config, branch.config)
+        for branch, use in zip(branches, self.uses, strict=True):
+            if isinstance(branch, ControlNet):
+                _check(unet.config, branch.config)
+            else:
+                check_base(unet.config, branch.config)
+                if use.guess:
+                    raise ValueError("a T2I-Adapter has no guess mode; leave out guess")
 
     @property
-    def nets(self) -> list[ControlNet]:
-        """The ControlNets."""
-        return [net for net in self.branches if isinstance(net, ControlNet)]
+    def nets(self) -> list[ControlNet | T2IAdapter]:
+        """The ControlNets and T2I-Adapters."""
+        return [net for net in self.branches if isinstance(net, ControlNet | T2IAdapter)]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the picture that each reads."""
+        return tuple(net.config.hint_channels for net in self.nets)
 
     @property
     def guesses(self) -> tuple[bool, ...]:
         """Whether each leaves alone what guidance leaves behind, as those do that pool."""
-        return tuple(use.guess or net.config.pooled for use, net in zip(self.uses, self.nets, strict=True))
+        return tuple(
+            use.guess or (isinstance(net, ControlNet) and net.config.pooled)
+            for use, net in zip(self.uses, self.nets, strict=True)
+        )
 
     def plan(self, times: Tensor) -> Controlled:
         """The same for a walk over these times, of which start and stop are fractions; see `Net`."""
@@ -176,47 +191,65 @@ class Controlled(nn.Module):
         return planned
 
     def prepare(self, cond: Conditioning) -> Conditioning:
-        """Keys and values for the U-Net and then for every ControlNet; the hint becomes its features.
+        """Keys and values for the U-Net and then for every ControlNet; features of every picture.
 
-        Raises: ValueError if the hint does not hold one picture for each ControlNet.
+        Raises: ValueError if the hint does not hold one picture for each.
         """
         if cond.kv is not None:
             return cond
-        channels = [branch.config.hint_channels for branch in self.nets]
+        channels = self.channels
         if cond.hint is None or cond.hint.shape[1] != sum(channels):
             found = "none" if cond.hint is None else f"a hint of {cond.hint.shape[1]} channels"
             raise ValueError(
-                f"{len(channels)} ControlNets read pictures of {', '.join(map(str, channels))} channels side "
-                f"by side, and there is {found}; give one picture for each"
+                f"{len(channels)} ControlNets or T2I-Adapters read pictures of "
+                f"{', '.join(map(str, channels))} channels side by side, and there is {found}; give one "
+                "picture for each"
             )
-        pictures = cond.hint.split(channels, dim=1)
-        hints = [branch.hint(one) for branch, one in zip(self.nets, pictures, strict=True)]
-        kv = tuple(self.unet.prepare(cond).kv or ())
-        for branch in self.nets:
-            kv += branch.keys_values(cond)
-        return replace(cond, kv=kv, hint=torch.cat(hints, dim=1))
+        kv, features = tuple(self.unet.prepare(cond).kv or ()), []
+        for branch, picture in zip(self.nets, cond.hint.split(channels, dim=1), strict=True):
+            if isinstance(branch, ControlNet):
+                kv += branch.keys_values(cond)
+                features.append((branch.hint(picture),))
+            else:
+                features.append(branch(picture))
+        return replace(cond, kv=kv, features=tuple(features))
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """As UNet.forward. Raises: ValueError as it and `prepare` do."""
         cond = self.prepare(cond)
         assert cond.kv is not None
-        assert cond.hint is not None
         first = self.unet.num_readers
-        h, skips, context = self.unet.encoded(x, t, replace(cond, kv=cond.kv[:first]))
-        hints = cond.hint.chunk(len(self.uses), dim=1)
-        for i, (branch, use) in enumerate(zip(self.nets, self.uses, strict=True)):
+        shares = [self._acting(t, use) for use in self.uses]
+        if cond.control is not None:
+            shares = [share * cond.control[:, i] for i, share in enumerate(shares)]
+        added = self._maps(x, cond, shares)
+        h, skips, context = self.unet.encoded(x, t, replace(cond, kv=cond.kv[:first]), added)
+        for branch, use, maps, rows in zip(self.nets, self.uses, cond.features, shares, strict=True):
             last = first + len(token_readers(branch))
-            rows = self._acting(t, use) * (1.0 if cond.control is None else cond.control[:, i])
-            if rows.any():
+            if isinstance(branch, ControlNet) and rows.any():
                 own = replace(cond, kv=cond.kv[first:last])
-                added = branch.residuals(x, t, own, hints[i])
+                residuals = branch.residuals(x, t, own, maps[0])
                 guessed = replace(use, guess=use.guess and not branch.config.pooled)
                 weights = guessed.weights(len(skips) + 1).to(rows)[:, None] * rows
                 by_row = [w.to(h.dtype)[:, None, None, None] for w in weights]
-                skips = tuple(s + w * a for s, w, a in zip(skips, by_row, added.skips, strict=False))
-                h = h + by_row[-1] * added.middle
+                skips = tuple(s + w * a for s, w, a in zip(skips, by_row, residuals.skips, strict=False))
+                h = h + by_row[-1] * residuals.middle
             first = last
         return self.unet.decode(Encoded(h, skips, context))
+
+    def _maps(self, x: Tensor, cond: Conditioning, shares: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What the T2I-Adapters add, by the number of the block; each acts on a share (B,) of the rows."""
+        added: dict[int, Tensor] = {}
+        for net, use, maps, share in zip(self.nets, self.uses, cond.features, shares, strict=True):
+            if not isinstance(net, T2IAdapter) or not share.any():
+                continue
+            factor = net.config.reductions[0] // self.places[0].reduction
+            _check_size("T2I-Adapter", maps[0], x, net.config.reductions[0], factor)
+            weight = (use.scale * share).to(maps[0].dtype)[:, None, None, None]
+            for place, one in zip(self.places, maps, strict=False):
+                part = weight * one
+                added[place.block] = added[place.block] + part if place.block in added else part
+        return added
 
     def _acting(self, t: Tensor, use: ControlUse) -> Tensor:
         """1 for the rows (B,) whose step is in the part of the walk, else 0."""
@@ -239,6 +272,20 @@ def fresh_control(unet: UNet, factor: int, channels: int = 3) -> ControlNet:
     control = ControlNet(ControlNetConfig(encoder=unet.config, hint_channels=channels, hint_widths=widths))
     control.encoder.load_state_dict(unet.encoder.state_dict())
     return control
+
+
+def _check_size(kind: str, features: Tensor, x: Tensor, reduction: int, factor: int) -> None:
+    """Raises: ValueError in one line if a picture of so many times these features' sides does not fit x.
+
+    Args:
+        reduction: sides of the picture over those of the features.
+        factor: sides of the picture that is needed over those of x.
+    """
+    (h, w), (height, width) = (
+        [side * n for side in v.shape[-2:]] for v, n in ((features, reduction), (x, factor))
+    )
+    if (h, w) != (height, width):
+        raise ValueError(f"the hint is {w}x{h} pixels; this {kind} needs {width}x{height} here")
 
 
 def _check(unet: UNetConfig, control: ControlNetConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -155,18 +155,30 @@ class Encoder(nn.Module):
                 self.blocks.append(UNetBlock(resample=build.down(width)))
         self.middle = nn.ModuleList([build.block(width, width, c.middle), build.block(width, width, None)])
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor | None = None) -> Encoded:
-        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it; `hint` is added after conv_in."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        hint: Tensor | None = None,
+        added: Mapping[int, Tensor] | None = None,
+    ) -> Encoded:
+        """x (B, C_in, H, W), t (B,), cond as `UNet.prepare` returns it.
+
+        Args:
+            hint: added after conv_in.
+            added: feature maps by the number of the block behind which each is added; the two of the middle
+                come after all others.
+        """
         context = self.context(t, cond)
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
         h = h if hint is None else h + hint
         skips = [h]
-        for block in self.blocks:
+        for i, block in enumerate((*self.blocks, *self.middle)):
             h = block(h, context)
+            h = h + added[i] if added and i in added else h
             skips.append(h)
-        for block in self.middle:
-            h = block(h, context)
-        return Encoded(h, tuple(skips), context)
+        return Encoded(h, tuple(skips[: len(self.blocks) + 1]), context)
 
     def context(self, t: Tensor, cond: Conditioning) -> Context:
         """What every block reads."""
@@ -218,11 +230,13 @@ class UNet(nn.Module):
         """
         return self.decode(self.encoded(x, t, cond))
 
-    def encoded(self, x: Tensor, t: Tensor, cond: Conditioning) -> Encoded:
-        """The descending half with the middle; arguments and errors as of `forward`."""
+    def encoded(
+        self, x: Tensor, t: Tensor, cond: Conditioning, added: Mapping[int, Tensor] | None = None
+    ) -> Encoded:
+        """The descending half with the middle; arguments and errors as of `forward` and of the encoder."""
         cond = self.prepare(cond)
         self._check(x, cond)
-        return self.encoder(x, t, cond)
+        return self.encoder(x, t, cond, added=added)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The ascending half: every block reads the skip of its mirror image."""

@@ -1,4 +1,4 @@
-"""A system with adapters merged into its nets, or steered by ControlNets."""
+"""A system with adapters merged into its nets, or steered by ControlNets and T2I-Adapters."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sfumato.checkpoints.native import MANIFEST, Parts, read_folder
 from sfumato.core.config import to_json
 from sfumato.nets.controlnet import ControlNet, ControlUse
 from sfumato.nets.lora import Adapter, attach, detach, merged_copy, restore
+from sfumato.nets.t2i_adapter import T2IAdapter
 from sfumato.nets.unet import UNet
 from sfumato.systems.conditioning import ClipTextConfig, TokenTextConfig
 from sfumato.systems.config import ControlConfig
@@ -97,20 +98,20 @@ def _weights(path: Path) -> Path:
 
 
 def controlled(system: System, net: nn.Module | str | Path, use: ControlUse | None = None) -> System:
-    """The system with one ControlNet more; the one that is given stays as it is, and shares its networks.
+    """The system with one ControlNet or T2I-Adapter more; the one that is given stays as it is.
 
-    Its pictures are given as `hint`, one for each ControlNet in the order in which they were added.
+    They share networks. The pictures are given as `hint`, one for each in the order in which they were added.
 
     Args:
-        net: a ControlNet, or its folder or file.
+        net: a ControlNet or T2I-Adapter, or its folder or file.
         use: how strongly and when it acts.
 
-    Raises: ValueError in one line if it is no ControlNet, or one for another base.
+    Raises: ValueError in one line if it is none of them, or one for another base.
     """
     device = system.stages[0].device
     control = net if isinstance(net, nn.Module) else _read(Path(net), device)
-    if not isinstance(control, ControlNet):
-        raise ValueError(f"a {type(control).__name__} is no ControlNet")
+    if not isinstance(control, ControlNet | T2IAdapter):
+        raise ValueError(f"a {type(control).__name__} is no ControlNet or T2I-Adapter")
     first, *rest = system.config.stages
     name = f"control{len(first.controls) + 1}"
     controls = (*first.controls, ControlConfig(net=name, use=use or ControlUse()))
@@ -122,12 +123,12 @@ def controlled(system: System, net: nn.Module | str | Path, use: ControlUse | No
     return assemble(config, parts, about=system.about, card=system.card, fingerprint=mark.hexdigest()[:16])
 
 
-def _read(path: Path, device: torch.device) -> ControlNet:
-    """The ControlNet of a file or folder, of ours or of another program."""
+def _read(path: Path, device: torch.device) -> nn.Module:
+    """The ControlNet or T2I-Adapter of a file or folder, of ours or of another program."""
     native = (path / MANIFEST).is_file()
     nets = read_folder(path, device=device).parts.nets if native else read_foreign(path, device=device).nets
-    found = [net for net in nets.values() if isinstance(net, ControlNet)]
+    found = [net for net in nets.values() if isinstance(net, ControlNet | T2IAdapter)]
     if len(found) != 1:
         kinds = ", ".join(type(net).__name__ for net in nets.values())
-        raise ValueError(f"{path} holds {kinds}, not one ControlNet")
+        raise ValueError(f"{path} holds {kinds}, not one ControlNet or T2I-Adapter")
     return found[0]

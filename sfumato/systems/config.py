@@ -16,6 +16,7 @@ from sfumato.diffusion.parameterization import PARAMETERIZATIONS
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.autoencoder import Autoencoder
 from sfumato.nets.controlnet import Controlled, ControlNet, ControlUse
+from sfumato.nets.t2i_adapter import T2IAdapter
 from sfumato.nets.unet import UNet
 from sfumato.systems.codec import Codec, Embeddings, Latents, Pixels
 from sfumato.systems.conditioning import ConditionerConfig, part_of
@@ -111,7 +112,7 @@ CodecConfig = Annotated[PixelsConfig | LatentsConfig | EmbeddingsConfig, Field(d
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
-    """A ControlNet of a stage: its network among the parts, and how it acts."""
+    """A ControlNet or T2I-Adapter of a stage: its network among the parts, and how it acts."""
 
     net: str = "control"
     use: ControlUse = field(default_factory=ControlUse)
@@ -125,7 +126,7 @@ class StageConfig:
         parameterization: a name in PARAMETERIZATIONS.
         conditioners: their fields are merged.
         guide: what guidance of kind "guide" goes by.
-        controls: ControlNets of a U-Net, in the order of the pictures in `Inputs.hint`.
+        controls: ControlNets and T2I-Adapters of a U-Net, in the order of the pictures in `Inputs.hint`.
     """
 
     name: str = "base"
@@ -155,7 +156,7 @@ class StageConfig:
         told = [c.build(parts, codec) for c in self.conditioners]
         if self.controls:
             net = self._controlled(net, parts)
-            told.append(Hint(net.guesses))
+            told.append(Hint(net.guesses, net.channels))
         parameterization = PARAMETERIZATIONS[self.parameterization]
         return Stage(
             name=self.name,
@@ -170,10 +171,12 @@ class StageConfig:
 
     def _controlled(self, net: nn.Module, parts: Parts) -> Controlled:
         branches = [part_of("network", control.net, parts.nets) for control in self.controls]
-        nets = [branch for branch in branches if isinstance(branch, ControlNet)]
+        nets = [branch for branch in branches if isinstance(branch, ControlNet | T2IAdapter)]
         if not isinstance(net, UNet) or len(nets) < len(branches):
             kinds = ", ".join(type(one).__name__ for one in (net, *branches))
-            raise ValueError(f"ControlNets control a U-Net; stage {self.name!r} has networks {kinds}")
+            raise ValueError(
+                f"ControlNets and T2I-Adapters steer a U-Net; stage {self.name!r} has networks {kinds}"
+            )
         return Controlled(net, nets, [control.use for control in self.controls])
 
 

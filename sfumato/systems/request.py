@@ -54,8 +54,8 @@ class Request(TypedDict, total=False):
     aug: float
     """Noise on the picture to enlarge, or on the embedding of `image`, 0 to 1; else the stage's own."""
     hint: Image.Image | Tensor | Sequence[Image.Image] | None
-    """A picture for each ControlNet, or how near things are, brighter = nearer; or (n, K, H, W) in [-1, 1]
-    with all side by side."""
+    """A picture for each ControlNet or T2I-Adapter, or how near things are, brighter = nearer; or all side by
+    side, (n, K, H, W) in [-1, 1]."""
     strength: float
     """How much of the walk an edit of `image` repeats, in (0, 1]; 1 if not given. All steps are in it."""
     only: Collection[str]

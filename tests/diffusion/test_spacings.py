@@ -210,6 +210,21 @@ def test_karras_is_equation_5():
     assert other.sigma.tolist() == pytest.approx([5, 3, 1, 0])
 
 
+def test_karras_between_the_ends_of_another_spacing():
+    schedule = SCHEDULES["scaled_linear"]()
+    other = SPACINGS["leading"](schedule, 5, offset=1)
+    grid = SPACINGS["karras"](schedule, 5, ends="leading", offset=1, rounding=True)
+    assert grid.points[0].ratio == pytest.approx(other.points[0].ratio)
+    assert grid.points[-2].ratio == pytest.approx(other.points[-2].ratio)
+    exact = SPACINGS["karras"](schedule, 5, ends="leading", offset=1)
+    assert torch.equal(grid.sigma, exact.sigma)
+    assert grid.t[:-1].tolist() == exact.t[:-1].round().tolist() != exact.t[:-1].tolist()
+    with pytest.raises(ValueError, match=r"unknown ends 'linspace'; .*allowed: leading, trailing"):
+        SPACINGS["karras"](schedule, 5, ends="linspace")
+    with pytest.raises(ValueError, match="spacing 'karras' needs a discrete schedule"):
+        SPACINGS["karras"](VE(), 5, rounding=True)
+
+
 def test_even_log_snr():
     exponential = SPACINGS["exponential"](VE(sigma_min=0.1, sigma_max=10), 3)
     assert exponential.sigma.tolist() == pytest.approx([10, 1, 0.1, 0])

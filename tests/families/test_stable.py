@@ -35,6 +35,8 @@ SCHEDULERS = {
         LEADING | {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
     ),
     "euler_linspace": ("EulerDiscreteScheduler", BETAS),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", LEADING | {"use_karras_sigmas": True}),
+    "euler_karras": ("EulerDiscreteScheduler", LEADING | {"use_karras_sigmas": True}),
 }
 LCM = {"lcm": ("LCMScheduler", BETAS)}
 SCHEDULERS["eps2"] = SCHEDULERS["ddim"]  # the second version that predicts eps
@@ -155,6 +157,14 @@ def test_folders_are_written_bit_for_bit_and_drawn_by_both(tmp_path: Path) -> No
     assert torch.equal(ours(sfumato.load(tmp_path / "again"), 3), picture)
     sfumato.save(system, tmp_path / "native")
     assert torch.equal(ours(sfumato.load(tmp_path / "native"), 3), picture)
+
+
+def test_levels_that_go_by_sigma_are_written_back(tmp_path: Path) -> None:
+    system = sfumato.load(pipeline(tmp_path, "euler_karras"))
+    sfumato.save(system, tmp_path / "again", layout="unet-diffusers")
+    again = sfumato.load(tmp_path / "again").config.stages[0].defaults
+    assert again == system.config.stages[0].defaults
+    assert (again.spacing, again.spacing_knobs) == ("karras", {"ends": "leading", "offset": 1})
 
 
 def test_old_text_files_have_a_prefix_and_positions(tmp_path: Path) -> None:
