@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from sfumato.nets.controlnet import ControlUse
+    from sfumato.nets.controlled import ControlUse
     from sfumato.systems.system import System
 
 __all__ = ["Additions", "hints_of", "opened"]
@@ -61,7 +61,7 @@ def hints_of(flags: Additions) -> list[Image.Image] | None:
 
 
 def _control(text: str, guess: bool) -> tuple[Path, Path, ControlUse]:
-    from sfumato.nets.controlnet import ControlUse
+    from sfumato.nets.controlled import ControlUse
 
     match = CONTROL.fullmatch(text)
     if match is None:

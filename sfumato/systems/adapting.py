@@ -17,7 +17,8 @@ from sfumato.checkpoints.foreign import read_foreign
 from sfumato.checkpoints.lora_files import read_lora
 from sfumato.checkpoints.native import MANIFEST, Parts, read_folder
 from sfumato.core.config import to_json
-from sfumato.nets.controlnet import ControlNet, ControlUse
+from sfumato.nets.controlled import ControlUse
+from sfumato.nets.controlnet import ControlNet
 from sfumato.nets.lora import Adapter, attach, detach, merged_copy, restore
 from sfumato.nets.t2i_adapter import T2IAdapter
 from sfumato.nets.unet import UNet

@@ -15,7 +15,8 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.parameterization import PARAMETERIZATIONS
 from sfumato.diffusion.schedules import ScheduleConfig
 from sfumato.nets.autoencoder import Autoencoder
-from sfumato.nets.controlnet import Controlled, ControlNet, ControlUse
+from sfumato.nets.controlled import Controlled, ControlUse
+from sfumato.nets.controlnet import ControlNet
 from sfumato.nets.t2i_adapter import T2IAdapter
 from sfumato.nets.unet import UNet
 from sfumato.systems.codec import Codec, Embeddings, Latents, Pixels

@@ -17,7 +17,7 @@ from sfumato import cli
 from sfumato.checkpoints.layouts import LAYOUTS
 from sfumato.core.image import from_pil, to_float
 from sfumato.core.types import Inputs
-from sfumato.nets.controlnet import ControlUse
+from sfumato.nets.controlled import ControlUse
 from sfumato.systems.adapting import controlled
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,7 +18,7 @@ from sfumato.core.image import from_pil, to_float
 from sfumato.core.png import read_record
 from sfumato.core.types import Inputs
 from sfumato.families.sdxl import refined
-from sfumato.nets.controlnet import ControlUse
+from sfumato.nets.controlled import ControlUse
 from sfumato.systems.adapting import controlled
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ import torch
 
 import sfumato
 from sfumato.core.types import Conditioning
-from sfumato.nets.controlnet import Controlled, ControlUse
+from sfumato.nets.controlled import Controlled, ControlUse
 from sfumato.nets.presets import UNETS
 from sfumato.nets.t2i_adapter import T2IAdapter, T2IAdapterConfig, places
 from sfumato.nets.unet import LevelConfig, UNet
