@@ -44,6 +44,7 @@ __all__ = ["bench", "progress"]
 WAIT = 600.0  # seconds that processes wait for each other
 WIDTH = 110  # columns where the output is no terminal
 PERCENT = "% of pictures"
+FEWEST = 8  # pictures behind a point of a curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,8 @@ def _curve(results: list[Result]) -> Image.Image:
 
 
 def _line(name: str, points: list[tuple[int, Proportion | None]], *, dashed: bool = False) -> Curve:
-    known = [(x, 100 * share.share) for x, share in points if share is not None]
+    """Without points of a few pictures, such as of binding, which only some of them can show."""
+    known = [(x, 100 * share.share) for x, share in points if share is not None and share.total >= FEWEST]
     return Curve(name, [x for x, _ in known], [y for _, y in known], dashed)
 
 

@@ -15,8 +15,12 @@ __all__ = ["Curve", "Scale", "chart", "short", "ticks"]
 Scale = Literal["log", "linear"]
 Spot = tuple[float, float]
 
-# Okabe & Ito's colors, which color-blind people tell apart; their yellow is too pale for lines on white.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe & Ito's colors, which color-blind people tell apart; their yellow is too pale for lines on white. Then
+# some of Tol's, for more than seven curves.
+COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
+    *("#882255", "#999933", "#332288", "#aaaaaa", "#44aa99"),
+)
 INK, GRID = "#333333", "#dddddd"
 FINE = 2  # drawn this much larger and reduced, which smooths the lines
 DASH = (9.0, 6.0)  # pixels drawn and left out
