@@ -21,7 +21,7 @@ from sfumato.diffusion.guidance import CFG, Guided
 from sfumato.evaluation.measures import Proportion, psnr
 from sfumato.evaluation.metrics.manifold import manifold
 from sfumato.nets.perceptual import PerceptualNet
-from sfumato.reports.sweeps import Cell, Measured, Report, Sweep
+from sfumato.reports.sweeps import Cell, Figure, Measured, Report, Sweep
 from sfumato.reports.truth import Asked, Truth, columns, drawn, nets_at, size_of, strip, system_at
 from sfumato.systems.cascade import joined
 from sfumato.systems.guiding import guided_by
@@ -81,7 +81,7 @@ def _thresholds(plan: Plan) -> Sweep:
     def measure(guidance: float, threshold: Static | Dynamic) -> Measured:
         options = {stage.name: replace(stage.defaults, guidance=CFG(guidance), threshold=threshold)}
         pictures = drawn(base, plan, truth.texts, options=options)
-        figures = {"saturated": _saturated(pictures), "top-1": truth.top1(pictures)}
+        figures: dict[str, Figure] = {"saturated": _saturated(pictures), "top-1": truth.top1(pictures)}
         return Measured(figures, strip(pictures))
 
     def true() -> Measured:
@@ -113,7 +113,10 @@ def _aug(plan: Plan) -> Sweep:
     def measure(level: float) -> Measured:
         enlarged = drawn(upsampler, plan, truth.texts, low_res=small(), aug=level)
         pictures = drawn(whole, plan, truth.texts, aug=level)
-        figures = {"PSNR": _mean_psnr(to_float(enlarged), truth.real), "top-1": truth.top1(pictures)}
+        figures: dict[str, Figure] = {
+            "PSNR": _mean_psnr(to_float(enlarged), truth.real),
+            "top-1": truth.top1(pictures),
+        }
         return Measured(figures, strip(torch.stack([enlarged, pictures], 1).flatten(0, 1)))
 
     def plain() -> Measured:
@@ -146,7 +149,7 @@ def _classifier(plan: Plan) -> Sweep:
         real, fake = features(truth.pixels), features(pictures)
         found = manifold(real[truth.rows], fake)
         right = classes[torch.cdist(fake, real).argmin(1)] == asked
-        figures = {
+        figures: dict[str, Figure] = {
             "precision": found.precision,
             "recall": found.recall,
             "asked class": Proportion.of(int(right.sum()), len(right)),
@@ -175,7 +178,10 @@ def _clip(plan: Plan) -> Sweep:
 
     def measure(guidance: CFG | Guided) -> Measured:
         pictures = drawn(guided, plan, truth.texts, guidance=guidance)
-        figures = {"top-1": truth.top1(pictures), "CLIP score": _score(guided, pictures, truth.texts)}
+        figures: dict[str, Figure] = {
+            "top-1": truth.top1(pictures),
+            "CLIP score": _score(guided, pictures, truth.texts),
+        }
         return Measured(figures, strip(pictures))
 
     told = truth.told(glide.fingerprint, judge.fingerprint)

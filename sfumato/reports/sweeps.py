@@ -249,7 +249,8 @@ def _curves(outcomes: Sequence[Outcome], figure: str) -> Iterator[Curve]:
         own = [(one.x, _value(one.figures[figure])) for one in having if one.name == name]
         points = sorted((x, y) for x, y in own if x is not None)
         level = [(x, y) for none, y in own if none is None for x in (min(across), max(across))]
-        yield Curve(name, *zip(*(points or level), strict=True), dashed=not points)
+        x, y = zip(*(points or level), strict=True)
+        yield Curve(name, x, y, dashed=not points)
 
 
 def _value(figure: Figure) -> float:

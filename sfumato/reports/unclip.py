@@ -17,6 +17,7 @@ from sfumato.core.image import grid, to_uint8
 from sfumato.core.types import Inputs
 from sfumato.evaluation.openmoji import References, captioned
 from sfumato.evaluation.retrieval import embedded, likeness, recalls
+from sfumato.families import RECIPES
 from sfumato.nets.clip import CLIP
 from sfumato.reports.sweeps import Cell, Figure, Measured, Report, Sweep
 from sfumato.reports.truth import Asked, Truth, columns, drawn, nearest, nets_at, size_of, strip, system_at
@@ -83,6 +84,11 @@ class Judge:
         seen, _ = embedded(clip, tokenizer, truth.pixels, [""])
         return Judge(clip, tokenizer, found.fingerprint, truth, F.normalize(seen, dim=1))
 
+    def at(self, size: tuple[int, int]) -> Truth:
+        """The true pictures at another size."""
+        same = tuple(self.truth.pixels.shape[2:]) == size
+        return self.truth if same else Truth.of(self.truth.asked, size)
+
     def figures(self, made: Tensor, truth: Truth) -> dict[str, Figure]:
         """Of pictures drawn for the captions; `truth` is at their size."""
         seen, said = embedded(self.clip, self.tokenizer, made, truth.texts)
@@ -130,7 +136,7 @@ def _clip(plan: Plan, judge: Judge) -> Sweep:
 
 def _priors(plan: Plan, judge: Judge) -> Sweep:
     space, prints = _decoder(plan)
-    truth = Truth.of(plan, size_of(space.system))
+    truth = judge.at(size_of(space.system))
     texts = truth.texts
     diffusion = system_at(plan.prior, "openmoji-prior", plan.device)
     tokens = system_at(plan.ar_prior, "openmoji-ar-prior", plan.device)
@@ -162,8 +168,8 @@ def _priors(plan: Plan, judge: Judge) -> Sweep:
 
 def _algebra(plan: Plan, judge: Judge) -> Sweep:
     space, prints = _decoder(plan)
-    few = replace(plan, pictures=ROWS + 1)
-    truth, theirs = Truth.of(few, size_of(space.system)), Truth.of(few, judge.clip.config.vision.side)
+    few = judge.truth.rows[: ROWS + 1]
+    truth, theirs = (replace(t, rows=few) for t in (judge.at(size_of(space.system)), judge.truth))
     steps = [i / (COLUMNS - 1) for i in range(COLUMNS)]
     texts = truth.texts
 
@@ -212,8 +218,8 @@ def _others(plan: Plan, judge: Judge) -> Sweep:
     cells = []
     for path in plan.others:
         name = path.parent.name if path.name == "system" else path.name
-        system = system_at(path, name, plan.device)
-        truth = Truth.of(plan, size_of(system))
+        system = system_at(path, name if name in RECIPES else "RECIPE", plan.device)
+        truth = judge.at(size_of(system))
         told = truth.told(judge.print, system.fingerprint)
         cells.append(Cell(name=name, told=told, measure=partial(measure, system, truth)))
     note = (
