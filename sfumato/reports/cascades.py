@@ -95,7 +95,7 @@ def _thresholds(plan: Plan) -> Sweep:
             found = partial(measure, guidance, threshold)
             cells.append(Cell(name=name, x=guidance, told=told, measure=found))
     note = (
-        f"{truth.drawn}, drawn by the base. `saturated` is the share of values that are 0 or 255. {PIXELS} "
+        f"{truth.scope}, drawn by the base. `saturated` is the share of values that are 0 or 255. {PIXELS} "
         f"{columns(truth.texts)}"
     )
     return Sweep(name="thresholds", title="Thresholds", x="guidance", note=note, cells=tuple(cells))
@@ -127,7 +127,7 @@ def _aug(plan: Plan) -> Sweep:
     pairs = [f"{text} ({what})" for text in truth.texts for what in ("enlarged", "drawn")]
     cells = [Cell(name="upsampler", x=x, told=told, measure=partial(measure, x)) for x in plan.levels]
     note = (
-        f"{truth.drawn}. `PSNR`, in dB, is of true pictures made small and enlarged again. {PIXELS[:-1]}, "
+        f"{truth.scope}. `PSNR`, in dB, is of true pictures made small and enlarged again. {PIXELS[:-1]}, "
         f"of those that the cascade draws. {columns(pairs)}"
     )
     cells.append(Cell(name="bilinear", told=told, measure=plain))
@@ -191,7 +191,7 @@ def _clip(plan: Plan) -> Sweep:
     ]
     cells = [Cell(name=name, x=x, told=told, measure=partial(measure, way)) for name, x, way in ways]
     note = (
-        f"{truth.drawn}. {PIXELS} `CLIP score` is 100 times the mean cosine that the noised CLIP sees at t "
+        f"{truth.scope}. {PIXELS} `CLIP score` is 100 times the mean cosine that the noised CLIP sees at t "
         "= 0. CLIP guidance optimizes it, so it is no judge between the two. Off is 1 of classifier-free "
         f"and 0 of CLIP guidance. {columns(truth.texts)}"
     )

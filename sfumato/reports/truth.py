@@ -63,7 +63,7 @@ class Truth:
     Attributes:
         pixels: (N, 3, H, W) uint8.
         references: the pixels as features, in [-1, 1].
-        rows, texts: of the captions, and of the pictures that are meant by them.
+        rows: whose captions are drawn.
     """
 
     asked: Asked
@@ -89,11 +89,11 @@ class Truth:
 
     @property
     def texts(self) -> list[str]:
-        """See above."""
+        """Captions of the rows."""
         return [self.folder.texts[i] for i in self.rows]
 
     @property
-    def drawn(self) -> str:
+    def scope(self) -> str:
         """What is drawn, in words."""
         return f"{len(self.rows)} captions, split {self.asked.split}"
 

@@ -160,7 +160,7 @@ def _priors(plan: Plan, judge: Judge) -> Sweep:
         for name, (own, embeddings) in sources.items()
     ]
     note = (
-        f"{truth.drawn}, which the decoder reads in every row, with an embedding from where the row says. "
+        f"{truth.scope}, which the decoder reads in every row, with an embedding from where the row says. "
         f"{FIGURES} {columns(texts)}"
     )
     return Sweep(name="priors", title="What the decoder is fed", note=note, cells=tuple(cells))
