@@ -1,8 +1,9 @@
-"""The verb for reports, which take many runs: report dit-designs."""
+"""The verb for reports, which take many runs or systems that were trained: report NAME."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,8 @@ from sfumato.cli.output import check_writable
 from sfumato.cli.parsing import parse
 from sfumato.cli.runs import code_of
 from sfumato.core.registry import unknown
+from sfumato.reports import cascades, pages, sweeps, unclip
 from sfumato.reports.findings import findings
-from sfumato.reports.pages import NAME, dry, page, recorded, write
 from sfumato.reports.plan import Plan
 from sfumato.reports.running import budgeted, run
 from sfumato.training.signals import Stopped
@@ -24,7 +25,7 @@ __all__ = ["report"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class DiTFlags:
     """Redo the findings on DiT: block designs at equal compute, loss against compute, and what helps.
 
     Every cell is a run below --runs; the same command goes on where it was stopped, and runs no cell twice.
@@ -38,33 +39,95 @@ class Flags:
     """Folder for dit-designs.json, dit-designs.md and the charts; by default the tables are printed alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CascadesFlags:
+    """Measure pixel systems over their settings: thresholds, noise on what is enlarged, and guides.
+
+    Nothing is trained. With --out the same command goes on where it was stopped, and runs no cell twice.
+    """
+
+    plan: Annotated[cascades.Plan, arg(name="")] = field(default_factory=cascades.Plan)
+    out: Path | None = None
+    """Folder for cascades.json, cascades.md, charts and sheets; by default the tables are printed alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnclipFlags:
+    """Measure unCLIP: retrieval by its CLIP, priors against none, pictures as points, and other systems.
+
+    Nothing is trained. With --out the same command goes on where it was stopped, and runs no cell twice.
+    """
+
+    plan: Annotated[unclip.Plan, arg(name="")] = field(default_factory=unclip.Plan)
+    out: Path | None = None
+    """Folder for unclip.json, unclip.md and sheets; by default the tables are printed alone."""
+
+
 def report(args: list[str]) -> int:
-    """`sfumato report dit-designs`; 75 after SIGTERM and 130 after Ctrl-C, when the same command goes on."""
+    """`sfumato report NAME`; 75 after SIGTERM and 130 after Ctrl-C, when the same command goes on."""
     if not args or args[0] in ("-h", "--help"):
-        print(
-            "usage: sfumato report dit-designs ...\n\n"
-            "  dit-designs   Compare block designs, sizes and improvements of DiT on scenes.\n\n"
-            "All settings: sfumato report dit-designs --help"
-        )
+        width = max(map(len, REPORTS)) + 2
+        rows = [f"  {name:<{width}}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in REPORTS.items()]
+        usage = "usage: sfumato report NAME ..."
+        print("\n".join([usage, "", *rows, "", "All settings of one: sfumato report NAME --help"]))
         return 0
-    if args[0] != NAME:
-        raise ValueError(unknown("report", args[0], [NAME]))
-    flags = parse(Flags, f"report {NAME}", args[1:])
-    if flags.out is not None:
-        check_writable(flags.out / f"{NAME}.md")
+    if args[0] not in REPORTS:
+        raise ValueError(unknown("report", args[0], list(REPORTS)))
     try:
-        with progress() as told:
-            planned, costs = budgeted(flags.plan, told)
-            known = [] if flags.out is None else recorded(flags.out)
-            outcomes = [] if flags.dry_run else run(flags.plan, planned, told, known)
+        return REPORTS[args[0]](args[1:])
     except Stopped as stopped:
         print(f"sfumato: {stopped}; the same command goes on from here", file=sys.stderr)
         return code_of(stopped)
+
+
+def _dit(args: list[str]) -> int:
+    """Compare block designs, sizes and improvements of DiT on scenes."""
+    flags = parse(DiTFlags, f"report {pages.NAME}", args)
+    _check_out(flags.out, pages.NAME)
+    with progress() as told:
+        planned, costs = budgeted(flags.plan, told)
+        known = [] if flags.out is None else pages.recorded(flags.out)
+        outcomes = [] if flags.dry_run else run(flags.plan, planned, told, known)
     if flags.dry_run:
-        print(dry(planned, costs))
+        print(pages.dry(planned, costs))
         return 0
     found = findings(flags.plan, outcomes, costs)
-    print(page(flags.plan, found))
-    for path in () if flags.out is None else write(flags.out, flags.plan, outcomes, costs, found):
+    print(pages.page(flags.plan, found))
+    for path in () if flags.out is None else pages.write(flags.out, flags.plan, outcomes, costs, found):
         print(path)
     return 0
+
+
+def _cascades(args: list[str]) -> int:
+    """Thresholds, noise on what is enlarged, and guides of pixel systems on OpenMoji."""
+    flags = parse(CascadesFlags, f"report {cascades.NAME}", args)
+    _check_out(flags.out, cascades.NAME)
+    return _swept(cascades.report_on(flags.plan), flags.out)
+
+
+def _unclip(args: list[str]) -> int:
+    """CLIP, priors and computing with pictures of unCLIP on OpenMoji, beside other systems."""
+    flags = parse(UnclipFlags, f"report {unclip.NAME}", args)
+    _check_out(flags.out, unclip.NAME)
+    return _swept(unclip.report_on(flags.plan), flags.out)
+
+
+REPORTS: Mapping[str, Callable[[list[str]], int]] = {
+    pages.NAME: _dit,
+    cascades.NAME: _cascades,
+    unclip.NAME: _unclip,
+}
+
+
+def _swept(asked: sweeps.Report, out: Path | None) -> int:
+    with progress() as told:
+        outcomes = sweeps.run(asked, out, told)
+    print(sweeps.page(asked, outcomes))
+    for path in () if out is None else sweeps.write(asked, outcomes, out):
+        print(path)
+    return 0
+
+
+def _check_out(out: Path | None, name: str) -> None:
+    if out is not None:
+        check_writable(out / f"{name}.md")

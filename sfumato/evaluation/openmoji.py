@@ -22,7 +22,16 @@ from sfumato.evaluation.measures import Proportion, psnr, ranks
 from sfumato.systems.stage import Stage
 from sfumato.systems.system import System
 
-__all__ = ["PROMPTS", "OpenMojiResult", "Protocol", "References", "Retrieval", "evaluate", "retrieval"]
+__all__ = [
+    "PROMPTS",
+    "OpenMojiResult",
+    "Protocol",
+    "References",
+    "Retrieval",
+    "captioned",
+    "evaluate",
+    "retrieval",
+]
 
 PROMPTS = (
     *("red heart", "woman astronaut dark skin tone", "pizza", "cat face", "rocket", "red apple", "house"),
@@ -179,7 +188,7 @@ def evaluate(
     size = stage.pixels[0]
     folder = ImageFolder(world.lead(lambda: _rendered(data, size, tell)), transform=CenterCrop(size))
     maker = _Maker(system, stage, protocol, tell, world)
-    training, held = _rows_of(folder, "train"), _rows_of(folder, "held_out")
+    training, held = captioned(folder, "train"), captioned(folder, "held_out")
     references = _survey(stage, folder, tell)
     bare = set(without_skin_tone([folder.texts[i] for i in training]))
     kinds = {
@@ -267,8 +276,11 @@ def _survey(stage: Stage, folder: ImageFolder, tell: Progress) -> References:
     return References(torch.cat(parts), torch.tensor(alike), torch.cat(quality))
 
 
-def _rows_of(folder: ImageFolder, split: str) -> list[int]:
-    """Rows of a split that have a caption, in the order of a hash of it."""
+def captioned(folder: ImageFolder, split: str) -> list[int]:
+    """Rows of a split that have a caption, in the order of a hash of it.
+
+    Raises: ValueError in one line if there are none.
+    """
     rows = [i for i, value in enumerate(folder.column("split")) if value == split and folder.texts[i]]
     if not rows:
         raise ValueError(

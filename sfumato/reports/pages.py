@@ -18,7 +18,7 @@ from sfumato.reports.findings import Findings, Row, Series, series_of
 from sfumato.reports.plan import Cell, Part, Plan
 from sfumato.reports.running import Costs, Outcome
 
-__all__ = ["NAME", "dry", "page", "recorded", "write"]
+__all__ = ["NAME", "dry", "page", "recorded", "share", "table", "write"]
 
 NAME = "dit-designs"
 LABELS = ("images", "validation loss")
@@ -41,7 +41,7 @@ def dry(planned: Sequence[Cell], costs: Costs) -> str:
             ]
         )
     header = ["cell", "parameters", "GFLOP per image", "images", "PFLOP", "minutes"]
-    return f"{_table(header, rows)}\n\n{len(rows)} cells, about {total / 3600:.2f} hours of training steps"
+    return f"{table(header, rows)}\n\n{len(rows)} cells, about {total / 3600:.2f} hours of training steps"
 
 
 def page(plan: Plan, found: Findings) -> str:
@@ -52,10 +52,10 @@ def page(plan: Plan, found: Findings) -> str:
         "lowest and the highest. GFLOP are those of one image in training."
     ]
     if found.designs:
-        parts += ["## Designs at equal compute", _table(*_designs(found.designs))]
+        parts += ["## Designs at equal compute", table(*_designs(found.designs))]
     if found.scaling:
         cells = [[*_start(row), _loss(row)] for row in found.scaling]
-        parts += ["## Sizes and patches", _table(["size/patch", "parameters", "GFLOP", "loss"], cells)]
+        parts += ["## Sizes and patches", table(["size/patch", "parameters", "GFLOP", "loss"], cells)]
         if found.by_gflop is not None and found.by_parameters is not None:
             parts.append(
                 f"Correlation of the loss with log GFLOP {found.by_gflop:.2f}, with log parameters "
@@ -74,7 +74,7 @@ def page(plan: Plan, found: Findings) -> str:
         parts += [
             "## Improvements by images",
             f"The target is the baseline's last velocity error, {found.target:.4f}.",
-            _table(header, cells),
+            table(header, cells),
         ]
     return "\n\n".join(parts)
 
@@ -160,7 +160,7 @@ def _designs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = [
         [
             *(*_start(row), f"{row.images:,}", _loss(row)),
-            *(_share(part[split]) for part in (row.joint, row.nearest) for split in splits),
+            *(share(part[split]) for part in (row.joint, row.nearest) for split in splits),
         ]
         for row in rows
     ]
@@ -179,10 +179,12 @@ def _needed(row: Row) -> str:
     return f"more than {row.images:,}" if row.needed is None else f"{row.needed:,.0f}"
 
 
-def _share(share: Proportion) -> str:
-    return f"{100 * share.share:.1f} ({100 * share.low:.0f}-{100 * share.high:.0f})"
+def share(of: Proportion) -> str:
+    """In percent, with its interval."""
+    return f"{100 * of.share:.1f} ({100 * of.low:.0f}-{100 * of.high:.0f})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

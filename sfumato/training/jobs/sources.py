@@ -28,7 +28,7 @@ from sfumato.training.latents import LatentBatches, Moments, encode_folder, stat
 from sfumato.training.recipe import Recipe
 from sfumato.training.tasks.denoising import DenoisingConfig
 
-__all__ = ["Source", "Vectors", "embed_folder", "of_clip", "source_of"]
+__all__ = ["Source", "Vectors", "embed_folder", "of_clip", "pooled", "source_of"]
 
 SURVEYED = 4096  # pictures from which the scale of latents is measured if they are not all encoded anyway
 CHUNK = 64  # pictures embedded at a time
@@ -105,7 +105,7 @@ def source_of(recipe: Recipe, config: DenoisingConfig, place: Place, base: Base 
         return of_clip(recipe, config.clip, place, embedded=isinstance(config.net, PriorConfig))
     if config.embedder is not None:
         taps = trained(config.embedder, PerceptualNet, "openmoji-perceptual", place.device)
-        return _embeddings(recipe, place, partial(_pooled, taps), base)
+        return _embeddings(recipe, place, partial(pooled, taps), base)
     if base is not None and isinstance(base.codec, EmbeddingsConfig):
         raise ValueError(f"{base.path} denoises embeddings; set task.embedder to the net that makes them")
     if config.autoencoder is not None:
@@ -158,7 +158,7 @@ def embed_folder(embed: Embed, folder: ImageFolder) -> Vectors:
 
 
 @torch.no_grad()
-def _pooled(net: PerceptualNet, images: Tensor) -> Tensor:
+def pooled(net: PerceptualNet, images: Tensor) -> Tensor:
     """Spatial means of all taps of a perceptual net, side by side."""
     taps = net.trunk(images.to(next(net.parameters()).device))
     return torch.cat([tap.mean((2, 3)) for tap in taps], dim=1).float().cpu()
