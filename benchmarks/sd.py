@@ -59,7 +59,7 @@ class Row:
     difference: float | None = None
 
 
-def setting(folder: Path) -> tuple[Tensor, dict[str, Any]]:
+def _setting(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     """A latent (1, 4, H, W), and the conditioning of the row with the prompt and the one without (2, ...)."""
     config = json.loads((folder / "unet/config.json").read_text())
     noise = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def our_step(folder: Path, pace: Pace) -> Tensor:
     from sfumato.diffusion import PARAMETERIZATIONS, SAMPLERS, SPACINGS, Denoiser, Discrete, Run, integrate
     from sfumato.diffusion.guidance import CFG
 
-    net, (x, told) = sfumato.load_nets(folder / "unet")["net"], setting(folder)
+    net, (x, told) = sfumato.load_nets(folder / "unet")["net"], _setting(folder)
     schedule = Discrete(formula="scaled_linear", start=0.00085, end=0.012)
     grid = SPACINGS["trailing"](schedule, STEPS)
     denoiser = Denoiser(net, schedule, PARAMETERIZATIONS["eps"]).planned(grid)
@@ -98,7 +98,7 @@ def their_step(folder: Path, pace: Pace) -> Tensor:
     """The loop of StableDiffusionPipeline."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    net, (x, told) = UNet2DConditionModel.from_pretrained(folder / "unet").eval(), setting(folder)
+    net, (x, told) = UNet2DConditionModel.from_pretrained(folder / "unet").eval(), _setting(folder)
     more: dict[str, Any] = {"encoder_hidden_states": told["tokens"]}
     if "pooled" in told:
         more["added_cond_kwargs"] = {"text_embeds": told["pooled"], "time_ids": told["micro"]}
@@ -121,7 +121,7 @@ def our_decode(folder: Path, pace: Pace) -> Tensor:
     import sfumato
 
     vae: Any = sfumato.load_nets(folder / "vae")["vae"]
-    x, _ = setting(folder)
+    x, _ = _setting(folder)
     return _repeated(lambda: vae.decode(x), pace)
 
 
@@ -129,7 +129,7 @@ def their_decode(folder: Path, pace: Pace) -> Tensor:
     """Pictures of latents."""
     from diffusers import AutoencoderKL
 
-    vae, (x, _) = AutoencoderKL.from_pretrained(folder / "vae").eval(), setting(folder)
+    vae, (x, _) = AutoencoderKL.from_pretrained(folder / "vae").eval(), _setting(folder)
     return _repeated(lambda: vae.decode(x).sample, pace)
 
 

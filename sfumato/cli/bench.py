@@ -44,7 +44,7 @@ __all__ = ["bench", "progress"]
 WAIT = 600.0  # seconds that processes wait for each other
 WIDTH = 110  # columns where the output is no terminal
 PERCENT = "% of pictures"
-FEWEST = 8  # pictures behind a point of a curve
+FEWEST = 12  # a fact has a curve if at least one caption in so many speaks of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +211,16 @@ def _append(out: Path, result: Result) -> None:
 
 
 def _curve(results: list[Result]) -> Image.Image:
-    """Each fact of the first split against the images seen: of nearest scenes, and all of valid ones."""
+    """Each fact of the first split against the images seen: of nearest scenes, and all of valid ones.
+
+    Facts that few of the captions speak of, such as binding, are left out: their shares jump.
+    """
     first = next(iter(results[0].splits))
     rows = [(result.images or 0, result.splits[first]) for result in results]
+    least = results[0].protocol.pictures / FEWEST
+    facts = [f for f in FACTS[1:-1] if f in rows[0][1].chance and rows[0][1].chance[f].total >= least]
     curves = [
-        _line(f"{fact}, nearest", [(x, scores.nearest.get(fact)) for x, scores in rows])
-        for fact in FACTS[1:-1]
+        _line(f"{fact}, nearest", [(x, scores.nearest.get(fact)) for x, scores in rows]) for fact in facts
     ]
     curves += [
         _line(fact, [(x, scores.facts.get(fact)) for x, scores in rows], dashed=True)
@@ -227,8 +231,7 @@ def _curve(results: list[Result]) -> Image.Image:
 
 
 def _line(name: str, points: list[tuple[int, Proportion | None]], *, dashed: bool = False) -> Curve:
-    """Without points of a few pictures, such as of binding, which only some of them can show."""
-    known = [(x, 100 * share.share) for x, share in points if share is not None and share.total >= FEWEST]
+    known = [(x, 100 * share.share) for x, share in points if share is not None]
     return Curve(name, [x for x, _ in known], [y for _, y in known], dashed)
 
 

@@ -189,19 +189,29 @@ def openmoji_control() -> Recipe:
     )
 
 
-def latent_unet(text: int) -> UNetConfig:
-    """A small U-Net of Stable Diffusion's shape for latents (4, 16, 16), told texts of that width.
+def latent_unet(
+    text: int,
+    *,
+    channels: int = 4,
+    width: int = 64,
+    mults: tuple[int, ...] = (1, 2, 3),
+    at: tuple[int, ...] = (1, 2),
+) -> UNetConfig:
+    """A small U-Net of Stable Diffusion's shape for latents; by default of (4, 16, 16).
 
-    Attention below the first level, whose 256 places would cost most and tell the caption no more.
+    Args:
+        text: width of the tokens that it reads.
+        channels: of the latents.
+        at: levels with attention; at 16x16 it would cost most and tell the caption no more.
     """
     attention = AttentionConfig(kind="transformer", head_dim=32)
     pooled = EmbedderConfig(kind="linear", features=(Feature(field="pooled", dim=text),))
     return UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        levels=levels(64, (1, 2, 3), 1, attention=attention, at=(1, 2)),
+        in_channels=channels,
+        out_channels=channels,
+        levels=levels(width, mults, 1, attention=attention, at=at),
         middle=attention,
-        embedding=EmbeddingConfig(time_dim=64, dim=256, extras=(pooled,)),
+        embedding=EmbeddingConfig(time_dim=width, dim=4 * width, extras=(pooled,)),
         tokens=TokensConfig(dim=text, masked=True),
         block=BlockConfig(norm_groups=8, film=True),
     )

@@ -32,9 +32,11 @@ from sfumato.nets.lora import (
 from sfumato.nets.noised_clip import NoisedTextConfig, NoisedVisionConfig
 from sfumato.nets.perceptual import PerceptualConfig, SqueezeConfig
 from sfumato.nets.prior import PriorConfig
+from sfumato.nets.t2i_adapter import T2IAdapterConfig
 from sfumato.nets.t5 import T5Config
 from sfumato.nets.tags import fused
 from sfumato.nets.text import TextTransformer, TextTransformerConfig
+from sfumato.nets.token_prior import TokenPriorConfig
 from sfumato.nets.told import ClassMapConfig
 from sfumato.nets.unclip import LastStepConfig
 
@@ -106,7 +108,11 @@ def small_net(tag):
         ),
         "perceptual": PerceptualConfig(widths=(4, 8), convs=(1, 1)),
         "perceptual_squeeze": SqueezeConfig(stem=4, fires=((2, 3),) * 8),
+        "t2i_adapter": T2IAdapterConfig(widths=(8, 16), blocks=1),
         "text_transformer": tasks["dit"].text,
+        "token_prior": TokenPriorConfig(
+            dim=16, text_dim=16, context=5, width=16, depth=1, heads=2, kept=4, buckets=8
+        ),
         "unet": tasks["unet"].net,
     }
     return noisy(NETS[tag].net(configs[tag]), 0.1).eval()
@@ -192,6 +198,8 @@ def called(net):
         "Prior": lambda: net(x[:, 0, 0, :16], t, cond),
         "Discriminator": lambda: net(x),
         "ControlNet": lambda: net(x, t, replace(cond, hint=hint)).middle,
+        "T2IAdapter": lambda: net(hint)[-1],
+        "TokenPrior": lambda: net.logits(ids % 8, cond),
         "MLP": lambda: net(x[:, :, 0, :4].flatten(1), t, cond),
     }
     with torch.no_grad():

@@ -94,7 +94,8 @@ def test_two_windows_are_one_walk(tiny_system):
     )
     split = assemble(SystemConfig(stages=(first, second)), tiny_system.parts)
     whole = drawn(tiny_system, n=2, text=PROMPTS[:2])
-    torch.testing.assert_close(drawn(split, n=2, text=PROMPTS[:2]), whole, rtol=0, atol=1e-6)
+    # The modulations of a walk are computed in one batch, whose float32 sums depend on its length.
+    torch.testing.assert_close(drawn(split, n=2, text=PROMPTS[:2]), whole, rtol=0, atol=5e-6)
 
 
 def test_a_cascade_and_its_parts(attractor_stage):

@@ -31,7 +31,7 @@ HUGE = 1280  # width of that one, the vision tower of OpenCLIP's ViT-H, whose he
 def _openai(shapes: Shapes, given: Settings) -> Settings:
     """Of the tower of Stable Diffusion 1, in the names of transformers."""
     width = shape_of(shapes, "text_model.embeddings.token_embedding.weight", 2)[1]
-    told = {"num_attention_heads": width // HEAD, "hidden_act": "quick_gelu"}
+    told = {"num_attention_heads": max(width // HEAD, 1), "hidden_act": "quick_gelu"}
     return clip_text.PART.settings(shapes, {**told, **given})
 
 

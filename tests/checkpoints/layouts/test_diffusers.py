@@ -38,6 +38,11 @@ VAE = AutoencoderConfig(
 )
 
 
+def near(expected):
+    """The same of the largest output: recorded ones are not of order 1."""
+    return {"rtol": 0, "atol": CLOSE["atol"] * max(1.0, float(expected.abs().max()))}
+
+
 def randomized(net):
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.15)
@@ -87,12 +92,13 @@ def test_both_conventions_are_the_recorded_ones(tmp_path):
     x, t, cond = io["in.x"], io["in.t"], Conditioning(label=io["in.y"])
     net = sfumato.load_nets(folder(tmp_path))["net"]
     assert net.config.convention == "diffusers"
-    torch.testing.assert_close(net(x, t, cond), io["out.out"], **CLOSE)
+    torch.testing.assert_close(net(x, t, cond), io["out.out"], **near(io["out.out"]))
     large = net(io["in.x16"], t[:2], Conditioning(label=io["in.y"][:2]))
-    torch.testing.assert_close(large, io["out.out_16x16"], **CLOSE)
+    torch.testing.assert_close(large, io["out.out_16x16"], **near(io["out.out_16x16"]))
     net = sfumato.load_nets(tmp_path, config={"norm_eps": 1e-6, "downscale_freq_shift": 0})["net"]
     assert net.config.convention == "original"
-    torch.testing.assert_close(net(x, t, cond), io["out.out_norm_eps_1e-6_freqshift0"], **CLOSE)
+    other = io["out.out_norm_eps_1e-6_freqshift0"]
+    torch.testing.assert_close(net(x, t, cond), other, **near(other))
 
 
 @torch.no_grad()
