@@ -144,7 +144,7 @@ def scenes_autoencoder_8() -> Recipe:
 def scenes_unet() -> Recipe:
     """A text-to-image U-Net of Stable Diffusion's shape on the latents of scenes-autoencoder-8.
 
-    Half an hour of two cores; what it reached is in docs/scenes/leaderboard.md.
+    27 minutes of two cores; what it reached is in docs/scenes/leaderboard.md.
     """
     full = scenes_dit()
     assert isinstance(full.task, DenoisingConfig)
@@ -153,7 +153,7 @@ def scenes_unet() -> Recipe:
         full,
         name="scenes-unet",
         task=replace(full.task, net=net, autoencoder=RUNS / "scenes-autoencoder-8"),
-        trainer=replace(full.trainer, images=150_000),
+        trainer=replace(full.trainer, images=135_000),
     )
 
 
