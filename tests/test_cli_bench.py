@@ -126,6 +126,15 @@ def test_a_run_is_followed_and_its_curve_kept(run, tmp_path, capsys):
     assert len((tmp_path / "b/curve.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_curve_of_another_revision_is_not_continued(run, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/curve.jsonl").write_text('{"protocol": {"revision": 1}}\n')
+    code, _, err = command(capsys, "bench", "scenes", run, "--watch", "--out", tmp_path / "b", *FEW)
+    assert code == 2
+    assert "curve.jsonl:1 was made by revision 1 of the benchmark" in err
+    assert err.count("\n") == 1
+
+
 def test_the_reader_is_measured(tmp_path, capsys):
     default = Path(sfumato.__file__).parent / "assets" / "default"
     args = ["--count", "5", "--damaged", "3", "--autoencoders", default, default]

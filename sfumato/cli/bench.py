@@ -201,7 +201,7 @@ def _append(out: Path, result: Result) -> None:
     """A line for curve.jsonl, which is drawn again, and one for the reader of the terminal."""
     file = out / "curve.jsonl"
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    known = {f"line {i}": from_json(Result, line, where=f"{file}:{i}") for i, line in enumerate(lines, 1)}
+    known = {f"line {i}": _result(line, f"{file}:{i}") for i, line in enumerate(lines, 1)}
     refuse_other_protocol({**known, "this run": result})
     write_whole(file, ("\n".join([*lines, json.dumps(to_json(result))]) + "\n").encode())
     save_png(out / "curve.png", _curve([*known.values(), result]))
@@ -258,16 +258,19 @@ def _reader_chart(found: list[Accuracy]) -> Image.Image:
 
 
 def _read(path: Path) -> Result:
-    text = path.read_text("utf-8")
+    return _result(path.read_text("utf-8"), str(path))
+
+
+def _result(text: str, where: str) -> Result:
     try:
         made = json.loads(text)["protocol"]["revision"]
     except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is no result of `sfumato bench scenes`") from None
+        raise ValueError(f"{where} is no result of `sfumato bench scenes`") from None
     if made != REVISION:
         raise ValueError(
-            f"{path} was made by revision {made} of the benchmark, and this is {REVISION}: measure it again"
+            f"{where} was made by revision {made} of the benchmark, and this is {REVISION}: measure it again"
         )
-    return from_json(Result, text, where=str(path))
+    return from_json(Result, text, where=where)
 
 
 def _table(results: Mapping[str, Result]) -> list[Table | str]:
